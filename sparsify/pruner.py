@@ -1,0 +1,238 @@
+"""The pruner contract: what an algorithm sees (`PrunableLayer`), what it implements (`Pruner`), how it is named.
+
+A pruner scores blocks. Which blocks go is the budget's business (`sparsify.allocation`), how a model is trained
+under a mask that of `sparsify.masking`. `docs/pruners.md` shows a custom pruner in fifteen lines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.blocks import BlockMask, BlockShape
+from sparsify.errors import PrunerError
+
+if TYPE_CHECKING:
+    from sparsify.allocation import Budget
+
+STATISTICS = frozenset({"input_sq", "hessian"})
+
+
+@dataclass(eq=False)
+class PrunableLayer:
+    """One weight matrix that can be pruned in blocks: a linear layer, a `Conv1D`, or one expert's projection.
+
+    Attributes:
+        name: Unique name of the matrix; the module's name, or `<module>.<parameter>.<expert>` for an expert.
+        module_name: Name of the module that owns the parameter, as in `model.named_modules()`.
+        parameter: The dense parameter that holds the matrix, in the layout the module keeps it in.
+        block: Block shape `(bo, bi)`.
+        index: Which slice of a 3-D parameter the matrix is (the expert's number); `None` for a 2-D parameter.
+        transposed: Whether the parameter holds the matrix as `(K, N)`, as GPT-2's `Conv1D` does.
+        module_class: Class name of the module.
+        statistics: Tensors a pruner gathered about the layer, by name. Calibration fills in what the pruner
+            requires (see `Pruner.requires`); a pruner may keep its own here, and then a resumed run has them back.
+    """
+
+    name: str
+    module_name: str
+    parameter: nn.Parameter
+    block: BlockShape
+    index: int | None = None
+    transposed: bool = False
+    module_class: str = ""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    def _matrix(self, tensor: Tensor) -> Tensor:
+        matrix = tensor if self.index is None else tensor[self.index]
+        return matrix.t() if self.transposed else matrix
+
+    @property
+    def key(self) -> str:
+        """Key of the layer in dictionaries of scores and masks; its `name`."""
+        return self.name
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix `(N, K)` = `(out_features, in_features)`, detached; writing to it writes to the parameter."""
+        return self._matrix(self.parameter.detach())
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of `weight`, `(N, K)`, or `None` where there is none.
+
+        Under a mask it is the gradient of the effective (masked) weight, pruned blocks included.
+        """
+        return None if self.parameter.grad is None else self._matrix(self.parameter.grad)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)` = `(out_features, in_features)`."""
+        rows, cols = self.parameter.shape[-2:]
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Block rows and block columns `(R, C)`."""
+        return self.block.grid(self.shape)
+
+
+class Pruner(ABC):
+    """An algorithm that says which blocks of a weight matter.
+
+    Only `score` is required. Options are the constructor's keyword arguments, as in a recipe's `options`.
+
+    Attributes:
+        name: Registered name; the name of its module in `sparsify.pruners`. A custom pruner needs none.
+        requires: Calibration statistics that `score` or `update_weights` read from `layer.statistics`:
+            `"input_sq"`, the mean square of each input feature, `(K,)` float32; `"hessian"`, `X^T X / tokens` of the
+            inputs `X` `(tokens, K)`, `(K, K)` float32. `"tokens"`, their number, comes with either.
+    """
+
+    name: ClassVar[str] = ""
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def score(self, layer: PrunableLayer) -> Tensor:
+        """Importance of each block.
+
+        Args:
+            layer: The layer, with its weight `(N, K)` and the statistics asked for.
+
+        Returns:
+            `(R, C)` floating point, finite; blocks with higher scores are kept first. Under a global budget the
+            scores of different layers are compared with each other.
+        """
+
+    def calibrate(self, layer: PrunableLayer, inputs: Tensor) -> None:
+        """Takes in one batch of a layer's inputs; by default adds it to the statistics in `requires`.
+
+        Args:
+            layer: The layer; its `statistics` are updated.
+            inputs: `(tokens, K)`, padding tokens left out.
+        """
+        if not self.requires:
+            return
+        inputs = inputs.detach().float()
+        seen = layer.statistics.setdefault("tokens", torch.zeros((), dtype=torch.int64))
+        if "input_sq" in self.requires:
+            mean = layer.statistics.setdefault("input_sq", inputs.new_zeros(inputs.shape[1]))
+            _add_to_mean(mean, inputs.square().sum(0), int(seen), inputs.shape[0])
+        if "hessian" in self.requires:
+            mean = layer.statistics.setdefault("hessian", inputs.new_zeros(inputs.shape[1], inputs.shape[1]))
+            _add_to_mean(mean, inputs.t() @ inputs, int(seen), inputs.shape[0])
+        seen += inputs.shape[0]
+
+    def update_weights(self, layer: PrunableLayer, mask: BlockMask) -> None:
+        """Adjusts kept weights for what `mask` is about to remove, by writing to `layer.weight`. Default: nothing."""
+
+    def begin(self, layers: Sequence[PrunableLayer], budget: Budget, progress: float = 0.0) -> None:
+        """Starts a pruning phase of training, or takes it up again after a resume. Default: nothing.
+
+        Args:
+            layers: Every layer of the phase.
+            budget: The sparsity to arrive at; `budget.masks(scores, layers)` gives the masks it would make now.
+            progress: Share of the phase already done, 0 to 1; above 0 after a resume.
+        """
+
+    def before_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
+        """Called before every optimizer step, when `layer.grad` is complete (all micro-batches, all ranks)."""
+
+    def after_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
+        """Called after every optimizer step, under `torch.no_grad`. Default: nothing.
+
+        Args:
+            layers: Every layer of the phase; `layer.weight` may be written to.
+            progress: Share of the pruning phase done with this step, 0 to 1.
+        """
+
+
+def _add_to_mean(mean: Tensor, total: Tensor, seen: int, new: int) -> None:
+    if new:
+        mean.add_((total - new * mean) / (seen + new))
+
+
+def available() -> list[str]:
+    """Names of the registered pruners, sorted: the modules of `sparsify.pruners`."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("pruners"))]))
+
+
+def create_pruner(method: str, **options: object) -> Pruner:
+    """Makes a pruner from its name and options.
+
+    Args:
+        method: A registered name (see `available`) or `package.module:Class` for a class of your own.
+        **options: Keyword arguments of the class's constructor.
+
+    Raises:
+        PrunerError: If the name or an option is unknown, or an option's value is refused.
+    """
+    cls = _custom(method) if ":" in method else _registered(method)
+    unknown = cls.requires - STATISTICS
+    if unknown:
+        raise PrunerError(
+            f"pruner {method!r} requires the statistic {min(unknown)!r}: known are {', '.join(sorted(STATISTICS))}"
+        )
+    _check_options(method, cls, options)
+    return cls(**options)
+
+
+def _registered(method: str) -> type[Pruner]:
+    if method not in available():
+        close = difflib.get_close_matches(method, available(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise PrunerError(
+            f"unknown pruner {method!r}: {hint}known are {', '.join(available())}; "
+            f"name a class of your own as package.module:Class"
+        )
+    module = importlib.import_module(f"sparsify.pruners.{method}")
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Pruner) and value.name == method:
+            return value
+    raise PrunerError(f"pruners/{method}.py has no Pruner class with name = {method!r}")
+
+
+def _custom(method: str) -> type[Pruner]:
+    module_name, _, class_name = method.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, ValueError) as error:
+        raise PrunerError(
+            f"cannot import pruner {method!r}: {error}; write package.module:Class "
+            f"and see that the module is installed or on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise PrunerError(f"cannot find pruner {method!r}: module {module_name!r} has no {class_name!r}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Pruner)):
+        raise PrunerError(f"{method!r} is not a pruner: it must be a class derived from sparsify.Pruner")
+    if inspect.isabstract(cls):
+        raise PrunerError(f"pruner {method!r} has no score method: a pruner must define score(self, layer)")
+    return cls
+
+
+def _check_options(method: str, cls: type[Pruner], options: dict[str, object]) -> None:
+    parameters = inspect.signature(cls).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                close = difflib.get_close_matches(option, parameters, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                known = f"known are {', '.join(parameters)}" if parameters else "it has none"
+                raise PrunerError(f"pruner {method!r} has no option {option!r}: {hint}{known}")
+    for name, parameter in parameters.items():
+        optional = parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        )
+        if not optional and name not in options:
+            raise PrunerError(f"pruner {method!r} needs the option {name!r}")
