@@ -3,6 +3,7 @@
 A pruner scores blocks. Which blocks go is the budget's business (`sparsify.allocation`), how a model is trained
 under a mask that of `sparsify.masking`. `docs/pruners.md` shows a custom pruner in fifteen lines.
 """
+# ruff: noqa: B027 -- the optional hooks of the contract are empty on purpose
 
 from __future__ import annotations
 
@@ -178,7 +179,7 @@ def create_pruner(method: str, **options: object) -> Pruner:
         PrunerError: If the name or an option is unknown, or an option's value is refused.
     """
     cls = _custom(method) if ":" in method else _registered(method)
-    unknown = cls.requires - STATISTICS
+    unknown = frozenset(cls.requires) - STATISTICS
     if unknown:
         raise PrunerError(
             f"pruner {method!r} requires the statistic {min(unknown)!r}: known are {', '.join(sorted(STATISTICS))}"
@@ -205,14 +206,15 @@ def _registered(method: str) -> type[Pruner]:
 def _custom(method: str) -> type[Pruner]:
     module_name, _, class_name = method.partition(":")
     try:
-        cls = getattr(importlib.import_module(module_name), class_name)
+        module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise PrunerError(
             f"cannot import pruner {method!r}: {error}; write package.module:Class "
             f"and see that the module is installed or on PYTHONPATH"
         ) from error
-    except AttributeError as error:
-        raise PrunerError(f"cannot find pruner {method!r}: module {module_name!r} has no {class_name!r}") from error
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        raise PrunerError(f"cannot find pruner {method!r}: module {module_name!r} has no {class_name!r}")
     if not (isinstance(cls, type) and issubclass(cls, Pruner)):
         raise PrunerError(f"{method!r} is not a pruner: it must be a class derived from sparsify.Pruner")
     if inspect.isabstract(cls):
