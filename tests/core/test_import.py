@@ -1,0 +1,128 @@
+"""Imports run one way, down; and `import sparsify` loads neither triton nor transformers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A unit is a module or folder directly inside sparsify/. It may import from its own level and those below it.
+# A module named after another, such as data_files beside data, stands on the same level.
+LEVELS = (
+    {"errors"},
+    {"blocks", "kernels"},
+    {
+        *("allocation", "checkpoint", "layers", "masking", "pruner", "targets", "training"),
+        *("data", "measure", "plots", "progress", "recipe", "workfolder"),
+    },
+    {"stages"},
+    {"pipeline"},
+    {"api"},
+    {"cli"},
+)
+# Outside the levels: `__init__` names everything and imports nothing; `_autoload` is called by torch, by its name.
+OUTSIDE = {"__init__", "_autoload"}
+# Pruners are reached through their registry alone, and know the contract alone.
+PRUNER_MAY_IMPORT = {"pruner", "blocks", "errors"}
+SCRIPT_MAY_IMPORT = {"data", "measure", "plots", "recipe", "blocks", "errors"}
+
+
+def level(unit: str) -> int | None:
+    names = (unit, unit.split("_")[0])
+    return next((number for number, units in enumerate(LEVELS) if not units.isdisjoint(names)), None)
+
+
+def python_files() -> Iterator[tuple[str, Path]]:
+    """Every source file of the package, beside the unit it belongs to."""
+    for path in sorted((ROOT / "sparsify").rglob("*.py")):
+        inner = path.relative_to(ROOT / "sparsify").parts
+        if inner[0] not in ("kernels", "pruners"):  # those are links, read below from where they point
+            yield inner[0].removesuffix(".py"), path
+    for unit in ("kernels", "pruners"):
+        for path in sorted((ROOT / unit).rglob("*.py")):
+            yield unit, path
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full dotted names of all that a file imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; the house writes full names"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def units_imported(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("sparsify.")}
+
+
+def packages_imported(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"sparsify"}
+
+
+FILES = [pytest.param(unit, path, id=str(path.relative_to(ROOT))) for unit, path in python_files()]
+
+
+@pytest.mark.parametrize(("unit", "path"), FILES)
+def test_imports_point_down(unit: str, path: Path) -> None:
+    used = units_imported(path) - {unit}
+    if unit == "pruners":
+        assert used <= PRUNER_MAY_IMPORT
+        assert packages_imported(path) <= {"torch"}
+    elif unit not in OUTSIDE:
+        own = level(unit)
+        assert own is not None, f"sparsify/{unit} is new: give it a level here and in docs/architecture.md"
+        levels = {name: level(name) for name in used}
+        assert None not in levels.values(), f"pruners and {OUTSIDE} are imported by nobody: {levels}"
+        above = sorted(name for name, number in levels.items() if number is not None and number > own)
+        assert not above, f"{path.relative_to(ROOT)} imports upwards: {above}"
+
+
+def test_units_form_no_cycle() -> None:
+    graph: dict[str, set[str]] = {}
+    for unit, path in python_files():
+        if unit not in OUTSIDE:
+            graph.setdefault(unit, set()).update(units_imported(path) - {unit})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.name) for unit, path in python_files() if unit == "kernels"]
+)
+def test_kernels_are_functions_on_tensors(path: Path) -> None:
+    assert packages_imported(path) <= {"torch", "triton"}
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.name) for path in sorted((ROOT / "scripts").glob("*.py"))]
+)
+def test_scripts_use_the_public_interface(path: Path) -> None:
+    import sparsify
+
+    public = SCRIPT_MAY_IMPORT | set(sparsify.__all__)
+    assert units_imported(path) <= public
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("import sparsify", id="package"),
+        pytest.param("import torch, sparsify.kernels.ops", id="ops"),
+        pytest.param("from sparsify import BlockMask, BlockSparseLinear, Pruner", id="layer-and-pruner"),
+    ],
+)
+def test_import_stays_light(code: str) -> None:
+    code += "\nimport sys\nprint({'triton', 'transformers'} & set(sys.modules) or 'light')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("light", "")
