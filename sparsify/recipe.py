@@ -1,0 +1,329 @@
+"""The strict schema of a recipe: what to compress, with which data, in which stages.
+
+    recipe = Recipe.load("recipes/magnitude_oneshot.yaml", overrides=["prune.sparsity=0.6"])
+
+Every fault is reported in one `ConfigError`, each with its place in the YAML file; an unknown key is a fault and
+comes with the nearest known one. `sparsify.recipe_file` reads the text, this module judges what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from sparsify.blocks import BlockShape
+from sparsify.errors import ConfigError, SparsifyError
+from sparsify.recipe_faults import Fault, describe, from_pydantic, order_faults
+from sparsify.recipe_file import RecipeText, apply_overrides, locate
+
+Task: TypeAlias = Literal["auto", "causal-lm", "masked-lm", "sequence-classification", "sentence-embedding"]
+Scope: TypeAlias = Literal["global", "layer", "row"]
+Heal: TypeAlias = Literal["auto", "packed", "masked"]
+
+
+def _share(value: Any) -> Any:
+    """Refuses percentages with a hint; pydantic checks the rest."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= 100:
+        hint = f"; for {value:g} % write {value / 100:g}" if 1 < value < 100 else ""
+        raise ValueError(f"must be at least 0 and less than 1, got {value:g}{hint}")
+    return value
+
+
+Share: TypeAlias = Annotated[float, BeforeValidator(_share), Field(ge=0, lt=1)]
+Block: TypeAlias = Annotated[BlockShape, PlainValidator(BlockShape.parse), PlainSerializer(str)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _column_names(value: Any) -> Any:
+    columns = value if isinstance(value, (list, tuple)) else [value]
+    return [str(column) if isinstance(column, int) else column for column in columns]
+
+
+Patterns: TypeAlias = Annotated[list[str], BeforeValidator(_as_list)]
+Columns: TypeAlias = Annotated[list[str], BeforeValidator(_column_names)]
+
+
+class Strict(BaseModel):
+    """Base of every section: unknown keys are faults, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataSpec(Strict):
+    """One source of samples: a local file or folder, or a data set by its `datasets` name.
+
+    Attributes:
+        path: A .txt, .jsonl, .csv, .tsv or .parquet file, or a folder of them.
+        name: Name for `datasets.load_dataset`; exactly one of `path` and `name` is given.
+        config: Configuration of a named data set.
+        split: Split of a named data set.
+        columns: Columns to read: the text; text and label; or two sentences and their score. Numbers are positions,
+            from 0, in a file without a header.
+        length: Tokens in one sample.
+        samples: At most this many samples; all of them when left out.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    config: str | None = None
+    split: str = "train"
+    columns: Columns | None = None
+    length: int = Field(default=512, ge=2)
+    samples: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("needs exactly one of `path` (a local file or folder) and `name` (a `datasets` name)")
+        return self
+
+
+class Data(Strict):
+    """The recipe's data: what `finetune`, `evaluate` and `calibrate` read."""
+
+    train: DataSpec | None = None
+    eval: DataSpec | None = None
+    calibration: DataSpec | None = None
+
+
+class Pruning(Strict):
+    """How blocks are scored and how many are kept.
+
+    Attributes:
+        method: A registered pruner, such as `magnitude`, or `package.module:Class`.
+        options: Constructor arguments of the pruner.
+        block: Block shape as OUTxIN, such as `64x64`.
+        sparsity: Share of the selected weights to remove, from 0 to less than 1.
+        scope: `global` (one budget), `layer` (each layer the same), `row` (each block row the same).
+        floor: Smallest density a layer may get under `global` scope, 0 to 1.
+        ceiling: Largest density a layer may get under `global` scope, 0 to 1.
+        targets: Exact module names, `re:` patterns or class names; every layer of the model's blocks when left out.
+        ignore: Layers to leave dense, named in the same three ways.
+    """
+
+    method: str = "magnitude"
+    options: dict[str, Any] = Field(default_factory=dict)
+    block: Block = Field(default_factory=lambda: BlockShape(64, 64))
+    sparsity: Share = 0.5
+    scope: Scope = "global"
+    floor: float = Field(default=0.0, ge=0, le=1)
+    ceiling: float = Field(default=1.0, gt=0, le=1)
+    targets: Patterns | None = None
+    ignore: Patterns | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        from sparsify.pruner import available, create_pruner
+
+        if ":" not in method and method not in available():
+            create_pruner(method)
+        return method
+
+    @model_validator(mode="after")
+    def _usable(self) -> Pruning:
+        from sparsify.pruner import create_pruner
+
+        create_pruner(self.method, **self.options)
+        if self.floor > self.ceiling:
+            raise ValueError(f"floor {self.floor:g} is above ceiling {self.ceiling:g}")
+        return self
+
+
+class CalibrateStage(Strict):
+    """Collects the statistics that the next pruner asks for, over `samples` samples in batches of `batch`."""
+
+    stage: Literal["calibrate"]
+    samples: int = Field(default=128, ge=1)
+    batch: int = Field(default=8, ge=1)
+
+
+class PruneStage(Pruning):
+    """Scores the blocks once and fixes the masks."""
+
+    stage: Literal["prune"]
+
+
+class FinetuneStage(Strict):
+    """Trains with the Hugging Face Trainer: with a `pruner` it searches the mask, without one it heals.
+
+    Attributes:
+        steps: Optimizer steps; give this or `epochs`.
+        epochs: Passes over the training data.
+        batch: Samples in one forward pass.
+        accumulate: Forward passes in one optimizer step.
+        learning_rate: Peak learning rate.
+        warmup: Share of the steps in which the learning rate rises from 0.
+        weight_decay: Decoupled weight decay of AdamW.
+        schedule: Learning-rate schedule, by its transformers name.
+        precision: `float32`, or mixed precision over float32 weights; `auto` takes bfloat16 on a GPU that has it.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
+        pruner: Prune while training, and fix the exact mask at the end.
+        heal: Train the kept blocks only (`packed`) or dense weights under their mask (`masked`); `auto` measures a
+            step of each and takes the faster one.
+        save_steps: Optimizer steps between two points from which `--resume` can go on; a tenth of the run when left
+            out.
+        trainer: Any further `transformers.TrainingArguments`.
+    """
+
+    stage: Literal["finetune"]
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    batch: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    warmup: Share = 0.1
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: str = "cosine"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    gradient_checkpointing: bool = False
+    pruner: Pruning | None = None
+    heal: Heal = "auto"
+    save_steps: int | None = Field(default=None, ge=1)
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> FinetuneStage:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("needs exactly one of `steps` and `epochs`")
+        return self
+
+
+class ConvertStage(Strict):
+    """Fixes the weights' final form: packed blocks, or dense with zeros for other runtimes."""
+
+    stage: Literal["convert"]
+    format: Literal["block_sparse", "dense"] = "block_sparse"
+
+
+class EvaluateStage(Strict):
+    """Measures the model as it stands and adds a column `label` to the report's table.
+
+    Attributes:
+        label: Name of the column; when left out `dense`, `pruned` or `recovered`, as the model is.
+        latency_tokens: Token counts of one forward pass whose latency is measured; empty for none.
+        batch: Samples in one forward pass of the quality measurement.
+    """
+
+    stage: Literal["evaluate"]
+    label: str | None = None
+    latency_tokens: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 256])
+    batch: int = Field(default=8, ge=1)
+
+
+class ReportStage(Strict):
+    """Writes `sparsify_report.json` beside the weights and prints the table; always the last stage."""
+
+    stage: Literal["report"]
+
+
+Stage: TypeAlias = Annotated[
+    CalibrateStage | PruneStage | FinetuneStage | ConvertStage | EvaluateStage | ReportStage,
+    Field(discriminator="stage"),
+]
+
+
+class Recipe(Strict):
+    """A whole compression job.
+
+    Attributes:
+        version: Version of this schema, 1.
+        name: Short name, used in reports.
+        description: One line: what the recipe is for.
+        model: Local folder or hub id of the dense checkpoint.
+        out: Folder to write; must not exist, unless the run is forced.
+        task: What the model is for; decides its head, its loss and its quality measure. `auto` reads the checkpoint.
+        device: `auto` (GPU if there is one), or any torch device.
+        dtype: `auto` (the checkpoint's), or a torch dtype's name.
+        seed: Seed of everything random.
+        trust_remote_code: Run the Python code that a checkpoint brings with it.
+        data: Data for `finetune`, `evaluate` and `calibrate`.
+        stages: What to do, in order.
+
+    Raises:
+        ConfigError: From `load` and `from_dict`, with every fault of the recipe.
+    """
+
+    version: Literal[1]
+    name: str = "recipe"
+    description: str = ""
+    model: str | None = None
+    out: str | None = None
+    task: Task = "auto"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    seed: int = Field(default=0, ge=0)
+    trust_remote_code: bool = False
+    data: Data = Field(default_factory=Data)
+    stages: list[Stage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _order(self, info: ValidationInfo) -> Recipe:
+        if not (info.context or {}).get("order_checked"):
+            faults = order_faults(self.model_dump(mode="json"))
+            if faults:
+                raise ValueError("; ".join(str(fault) for fault in faults))
+        return self
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
+        """Reads a recipe file, or a recipe of the package by its name.
+
+        Args:
+            source: Path of a YAML file, or a name that `sparsify recipe list` shows.
+            overrides: `key=value` settings applied in order, such as `stages.0.sparsity=0.6`, `prune.sparsity=0.6`
+                or `data.train.path=corpus.txt`; the value is read as YAML.
+            values: Top-level keys that win over the file, such as `{"model": "path/to/model"}`; `None` is skipped.
+
+        Raises:
+            ConfigError: If the file is missing, is not YAML, or is not a valid recipe: every fault at once.
+        """
+        text = locate(source)
+        return cls._checked(text.data, text, overrides, values)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+    ) -> Recipe:
+        """Builds a recipe from plain data, as `load` does from a file."""
+        return cls._checked(dict(data), None, overrides, values)
+
+    @classmethod
+    def _checked(
+        cls, data: dict, text: RecipeText | None, overrides: Sequence[str], values: Mapping[str, Any] | None
+    ) -> Recipe:
+        data = apply_overrides(data, overrides, cls.model_fields)
+        data.update({key: value for key, value in (values or {}).items() if value is not None})
+        faults: list[Fault] = order_faults(data)
+        try:
+            recipe = cls.model_validate(data, context={"order_checked": True})
+        except ValidationError as error:
+            recipe, faults = None, from_pydantic(error, cls) + faults
+        except SparsifyError as error:
+            raise ConfigError(f"{text.origin if text else 'recipe'}: {error}") from error
+        if recipe is None or faults:
+            raise ConfigError(describe(faults, text))
+        return recipe
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text that `load` reads back to an equal recipe; defaults are spelled out."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
