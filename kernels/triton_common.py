@@ -1,0 +1,36 @@
+"""What the Triton kernels share: tile sizes, the precision of a dot product, and the interpreter's quirk."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+# Set once, when the kernels are first imported: the interpreter runs them on CPU tensors.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def dot_options(dtype: torch.dtype) -> dict[str, object]:
+    """Compile-time arguments of a kernel's dot products for operands of `dtype`.
+
+    float32 follows `torch.backends.cuda.matmul.allow_tf32`, as dense torch does. Under the interpreter a bfloat16
+    `tl.dot` returns garbage, so operands are widened to float32 first there.
+    """
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not INTERPRET
+    return {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": INTERPRET}
+
+
+def token_tile(tokens: int) -> int:
+    """Tokens per program: 16 for decoding, up to 128 for prefill and training."""
+    return min(128, max(16, triton.next_power_of_2(tokens)))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """`acc + a @ b` in float32."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

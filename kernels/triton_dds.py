@@ -1,0 +1,78 @@
+"""`dx = dy W` with a block-sparse weight: the gradient of a linear layer's input.
+
+The transposed product on the values as they lie: one program computes a tile of `BM` tokens by one block column and
+walks that column's blocks through the transposed topology, `BK` output features a step.
+
+    M tokens, K input features, N output features, Z stored blocks of (BI, BO), BK packed output features a step
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsify.kernels.storage import Topology
+from sparsify.kernels.triton_common import dot, dot_options, token_tile
+
+
+@triton.jit
+def _dds_kernel(
+    dx_ptr,  # [M, K]
+    dy_ptr, values_ptr, t_crow_ptr, t_row_ptr, t_block_ptr,  # [M, N], [Z, BI, BO], [C + 1], [Z], [Z]
+    M, N, K,
+    stride_ym, stride_yn,
+    BI: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    col = tl.program_id(1)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    i = tl.arange(0, BI)
+    lane = tl.arange(0, BK)
+    begin = tl.load(t_crow_ptr + col)
+    packed = (tl.load(t_crow_ptr + col + 1) - begin) * BO
+    dy_rows = dy_ptr + m.to(tl.int64)[:, None] * stride_ym
+    acc = tl.zeros((BM, BI), dtype=tl.float32)
+    for start in range(0, packed, BK):
+        step = start + lane  # [BK] position in the column's packed output features
+        inside = step < packed
+        if BO >= BK:  # the whole step lies in one block
+            o = start % BO + lane
+            n = tl.load(t_row_ptr + begin + start // BO) * BO + o
+            w_rows = tl.load(t_block_ptr + begin + start // BO).to(tl.int64) * (BI * BO) + o
+        else:
+            o = step % BO
+            n = tl.load(t_row_ptr + begin + step // BO, mask=inside, other=0) * BO + o
+            w_rows = (
+                tl.load(t_block_ptr + begin + step // BO, mask=inside, other=0).to(tl.int64) * (BI * BO) + o
+            )
+        dy_mask = (m[:, None] < M) & (inside & (n < N))[None, :]
+        dy = tl.load(dy_rows + n.to(tl.int64)[None, :] * stride_yn, mask=dy_mask, other=0.0)  # [BM, BK]
+        w = tl.load(
+            values_ptr + w_rows[:, None] + i[None, :] * BO, mask=inside[:, None], other=0.0
+        )  # [BK, BI]
+        acc = dot(dy, w, acc, PRECISION, WIDEN)
+    k = col * BI + i
+    out = dx_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
+
+
+def dds(dy: Tensor, values: Tensor, topo: Topology, in_features: int) -> Tensor:
+    """`dx = dy W`; see `reference.dds` for shapes."""
+    tokens, out_features = dy.shape
+    _, block_in, block_out = values.shape
+    dx = dy.new_empty(tokens, in_features)
+    cols, tile = topo.t_crow.numel() - 1, token_tile(tokens)
+    if tokens == 0:
+        return dx
+    _dds_kernel[(triton.cdiv(tokens, tile), cols)](
+        dx,
+        dy, values, topo.t_crow, topo.t_row, topo.t_block,
+        tokens, out_features, in_features,
+        dy.stride(0), dy.stride(1),
+        BI=block_in, BO=block_out, BM=tile, BK=max(32, min(block_out, 64)),
+        num_warps=8 if tile * block_in >= 128 * 128 else 4, num_stages=3 if dy.dtype != torch.float32 else 2,
+        **dot_options(dy.dtype),
+    )  # fmt: skip
+    return dx

@@ -1,0 +1,74 @@
+"""`y = x W^T + bias` with a block-sparse weight: forward of a linear layer.
+
+One program computes a tile of `BM` tokens by one block row. It walks the row's contiguous K-major panel
+`(nnz * BI, BO)` in steps of `BK` packed columns, whatever `BI` is, and gathers the activations' columns that those
+belong to. An empty row writes the bias.
+
+    M tokens, K input features, N output features, Z stored blocks of (BI, BO), BK packed columns a step
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsify.kernels.storage import Topology
+from sparsify.kernels.triton_common import dot, dot_options, token_tile
+
+
+@triton.jit
+def _dsd_kernel(
+    y_ptr,  # [M, N]
+    x_ptr, values_ptr, bias_ptr, crow_ptr, col_ptr,  # [M, K], [Z, BI, BO], [N], [R + 1], [Z]
+    M, N, K,
+    stride_xm, stride_xk,
+    HAS_BIAS: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = row * BO + tl.arange(0, BO)
+    lane = tl.arange(0, BK)
+    begin = tl.load(crow_ptr + row)
+    packed = (tl.load(crow_ptr + row + 1) - begin) * BI
+    panel_ptr = values_ptr + begin.to(tl.int64) * (BI * BO)
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_xm
+    acc = tl.zeros((BM, BO), dtype=tl.float32)
+    for start in range(0, packed, BK):
+        step = start + lane  # [BK] position in the row's packed columns
+        inside = step < packed
+        if BI >= BK:  # the whole step lies in one block
+            k = tl.load(col_ptr + begin + start // BI) * BI + start % BI + lane
+        else:
+            k = tl.load(col_ptr + begin + step // BI, mask=inside, other=0) * BI + step % BI
+        x_mask = (m[:, None] < M) & (inside & (k < K))[None, :]
+        x = tl.load(x_rows + k.to(tl.int64)[None, :] * stride_xk, mask=x_mask, other=0.0)  # [BM, BK]
+        w_offset = step.to(tl.int64)[:, None] * BO + tl.arange(0, BO)[None, :]
+        w = tl.load(panel_ptr + w_offset, mask=inside[:, None], other=0.0)  # [BK, BO]
+        acc = dot(x, w, acc, PRECISION, WIDEN)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    out = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_features: int) -> Tensor:
+    """`y = x W^T + bias`; see `reference.dsd` for shapes."""
+    tokens, in_features = x.shape
+    _, block_in, block_out = values.shape
+    y = x.new_empty(tokens, out_features)
+    rows, tile = topo.crow.numel() - 1, token_tile(tokens)
+    if tokens == 0:
+        return y
+    _dsd_kernel[(triton.cdiv(tokens, tile), rows)](
+        y,
+        x, values, bias, topo.crow, topo.col,
+        tokens, out_features, in_features,
+        x.stride(0), x.stride(1),
+        HAS_BIAS=bias is not None, BI=block_in, BO=block_out, BM=tile, BK=max(32, min(block_in, 64)),
+        num_warps=8 if tile * block_out >= 128 * 128 else 4, num_stages=3 if x.dtype != torch.float32 else 2,
+        **dot_options(x.dtype),
+    )  # fmt: skip
+    return y

@@ -1,0 +1,65 @@
+"""Block-sparse models: prune a pretrained network in blocks, store and run only what is kept, recover accuracy.
+
+    import sparsify
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("path/to/model")
+    sparsify.prune(model, method="magnitude", block="64x64", sparsity=0.5)
+    sparsify.save(model, "path/to/sparse")
+    model = AutoModelForCausalLM.from_pretrained("path/to/sparse")
+
+Importing this package is cheap: transformers and triton are loaded by the functions that need them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+for _name in ("pruners", "kernels", "recipes"):
+    _link = Path(__file__).with_name(_name)
+    if not _link.is_dir():
+        raise ImportError(
+            f"sparsify/{_name} is a {'text file' if _link.is_file() else 'missing link'}, not a folder: git checked "
+            f"the repository out without symbolic links. Run `git config core.symlinks true && git checkout -- sparsify`"
+        )
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it; resolved on first use so that `import sparsify` stays light.
+_EXPORTS = {
+    "BlockMask": "sparsify.blocks",
+    "BlockShape": "sparsify.blocks",
+    "BlockSparseLinear": "sparsify.layers.linear",
+    "BlockSparseExperts": "sparsify.layers.experts",
+    "Pruner": "sparsify.pruner",
+    "Recipe": "sparsify.recipe",
+    "SparsifyError": "sparsify.errors",
+    "densify": "sparsify.api",
+    "load": "sparsify.api",
+    "prune": "sparsify.api",
+    "run": "sparsify.api",
+    "save": "sparsify.api",
+}
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from sparsify.api import densify, load, prune, run, save
+    from sparsify.blocks import BlockMask, BlockShape
+    from sparsify.errors import SparsifyError
+    from sparsify.layers.experts import BlockSparseExperts
+    from sparsify.layers.linear import BlockSparseLinear
+    from sparsify.pruner import Pruner
+    from sparsify.recipe import Recipe
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = globals()[name] = getattr(import_module(_EXPORTS[name]), name)
+        return value
+    raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

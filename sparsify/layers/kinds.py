@@ -1,0 +1,207 @@
+"""The kinds of dense layer that have a block-sparse equivalent, and the way from one to the other and back.
+
+    linear    nn.Linear and subclasses that do not override `forward`; weight `(N, K)`
+    conv1d    transformers' Conv1D (GPT-2); weight `(K, N)`
+    experts   transformers' fused mixture-of-experts weights, `(E, N, K)` or `(E, K, N)`
+
+To support another kind: a module in this folder and one branch in each function here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.blocks import BlockMask, BlockShape
+from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.layers.experts import BlockSparseExperts, projections
+from sparsify.layers.linear import BlockSparseLinear
+from sparsify.layers.packed import PackedModule
+from sparsify.pruner import PrunableLayer
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return any(
+        cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D"
+        for cls in type(module).mro()
+    )
+
+
+def why_unsupported(module: nn.Module) -> str | None:
+    """Why a module that holds a dense weight matrix cannot be swapped; `None` if it can, or holds none."""
+    if isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward:
+            return f"{type(module).__name__} computes something other than nn.Linear"
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention reads this weight without calling the layer"
+    if projections(module) is not None and getattr(module, "has_post_expert_norm", False):
+        return f"{type(module).__name__} normalises inside each expert"
+    return None
+
+
+def dense_kind(module: nn.Module) -> str | None:
+    """`"linear"`, `"conv1d"` or `"experts"` for a dense module that can be swapped, else `None`."""
+    if isinstance(module, PackedModule) or why_unsupported(module) is not None:
+        return None
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if _is_conv1d(module):
+        return "conv1d"
+    return "experts" if projections(module) is not None else None
+
+
+def is_sparse(module: nn.Module) -> bool:
+    """Whether a module stores packed weights."""
+    return isinstance(module, PackedModule)
+
+
+def matrices(module_name: str, module: nn.Module, block: BlockShape) -> list[PrunableLayer]:
+    """The weight matrices of a dense module: one, or one for each expert and projection.
+
+    Args:
+        module_name: The module's name in its model.
+        module: A module of some `dense_kind`; any other has none.
+        block: Block shape to prune in.
+    """
+    kind, cls = dense_kind(module), type(module).__name__
+    if kind is None:
+        return []
+    if kind != "experts":
+        assert isinstance(module.weight, nn.Parameter)
+        transposed = kind == "conv1d"
+        return [PrunableLayer(module_name, module_name, module.weight, block, None, transposed, cls)]
+    transposed = bool(getattr(module, "is_transposed", False))
+    layers = []
+    for name in projections(module) or ():
+        parameter = module.get_parameter(name)
+        layers += [
+            PrunableLayer(
+                f"{module_name}.{name}.{expert}", module_name, parameter, block, expert, transposed, cls
+            )
+            for expert in range(parameter.shape[0])
+        ]
+    return layers
+
+
+def to_sparse(module_name: str, module: nn.Module, masks: dict[str, BlockMask]) -> PackedModule:
+    """The block-sparse equivalent of a dense module.
+
+    Args:
+        module_name: The module's name in its model.
+        module: A module of some `dense_kind`.
+        masks: Mask of each matrix by `PrunableLayer.name`. An experts module whose matrices are only partly named
+            keeps all blocks of the others.
+
+    Raises:
+        SparsifyError: If the module is of no kind, has no mask, or its weights are not in memory.
+    """
+    kind = dense_kind(module)
+    given = next((mask for name, mask in masks.items() if name.startswith(module_name)), None)
+    if kind is None or given is None:
+        raise SparsifyError(
+            f"{module_name} ({type(module).__name__}) has no block-sparse equivalent or no mask"
+        )
+    if any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False)):
+        raise SparsifyError(
+            f"the weights of {module_name} are offloaded: load the model without offloading first"
+        )
+    if kind == "experts":
+        sparse = BlockSparseExperts(module)
+        layers = matrices(module_name, module, given.block)
+        for name in projections(module) or ():
+            own = [layer for layer in layers if layer.parameter is module.get_parameter(name)]
+            full = BlockMask.full(own[0].shape, given.block)
+            sparse.pack_weight(
+                name, module.get_parameter(name), [masks.get(layer.name, full) for layer in own]
+            )
+        return sparse
+    weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+    if kind == "linear":
+        return BlockSparseLinear.from_dense(weight, bias, masks[module_name]).train(module.training)
+    sparse = BlockSparseLinear.from_dense(weight.detach().t(), bias, masks[module_name]).train(
+        module.training
+    )
+    sparse.weight.requires_grad_(weight.requires_grad)
+    sparse.transposed = True
+    return sparse
+
+
+def dense_parameters(module: PackedModule) -> dict[str, Tensor]:
+    """The packed weights as the dense module kept them, with zeros; detached copies by parameter name.
+
+    Returns:
+        `weight` `(N, K)` for a linear layer, `(K, N)` for a Conv1D; each fused weight for experts.
+    """
+    if isinstance(module, BlockSparseExperts):
+        return {name: module.dense_parameter(name) for name in module.packed}
+    assert isinstance(module, BlockSparseLinear)
+    dense = module.dense_weight()
+    return {"weight": dense.t().contiguous() if module.transposed else dense}
+
+
+def entry(module: PackedModule) -> dict[str, Any]:
+    """What `config.json` records of a block-sparse module; with it `build` needs no weight file."""
+    if isinstance(module, BlockSparseExperts):
+        weights = {
+            name: {"shape": [p.count, *p.shape]} | _entry(p.block, p.blocks)
+            for name, p in module.packed.items()
+        }
+        return {"kind": "experts", "weights": weights}
+    assert isinstance(module, BlockSparseLinear)
+    packed = module.packed["weight"]
+    kind = "conv1d" if module.transposed else "linear"
+    return {"kind": kind, "shape": list(packed.shape)} | _entry(packed.block, packed.blocks)
+
+
+def _entry(block: BlockShape, blocks: int) -> dict[str, Any]:
+    return {"block_shape": [block.rows, block.cols], "blocks": blocks}
+
+
+def build(module_name: str, module: nn.Module, entry: dict[str, Any]) -> PackedModule:
+    """The block-sparse module, on the meta device, that an `entry` of `config.json` describes.
+
+    Args:
+        module_name: The module's name in its model, for the error message.
+        module: The dense module it takes the place of, usually on the meta device.
+        entry: What `entry` wrote.
+
+    Raises:
+        CheckpointError: If the entry does not describe this module.
+    """
+    kind = dense_kind(module)
+    try:
+        if kind != entry["kind"]:
+            raise ValueError(f"it is a {entry['kind']} layer there, the model has {type(module).__name__}")
+        found = matrices(module_name, module, BlockShape(8, 8))
+        if kind != "experts":
+            shape, block, blocks = _read(entry, found[0].shape)
+            dtype, bias = found[0].parameter.dtype, module._parameters.get("bias") is not None
+            sparse = BlockSparseLinear(shape[1], shape[0], block, None, bias, "meta", dtype, blocks=blocks)
+            sparse.transposed = kind == "conv1d"
+            return sparse.train(module.training)
+        sparse = BlockSparseExperts(module)
+        for name in projections(module) or ():
+            parameter = module.get_parameter(name)
+            own = next(layer for layer in found if layer.parameter is parameter)
+            shape, block, blocks = _read(entry["weights"][name], own.shape, parameter.shape[0])
+            sparse.add_weight(name, shape, block, blocks, parameter.dtype)
+        return sparse
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"quantization_config of layer {module_name!r} does not fit the model: {error}"
+        ) from error
+
+
+def _read(
+    entry: dict[str, Any], shape: tuple[int, int], count: int | None = None
+) -> tuple[tuple[int, int], BlockShape, int]:
+    recorded = list(shape) if count is None else [count, *shape]
+    if list(entry["shape"]) != recorded:
+        raise ValueError(f"its shape is {entry['shape']} there, the model has {recorded}")
+    block, blocks = BlockShape.parse(entry["block_shape"]), entry["blocks"]
+    rows, cols = block.grid(shape)
+    if not isinstance(blocks, int) or not 0 <= blocks <= (count or 1) * rows * cols:
+        raise ValueError(f"it has {blocks} blocks, expected 0 to {(count or 1) * rows * cols}")
+    return shape, block, blocks

@@ -1,0 +1,166 @@
+"""What every block-sparse module shares: the indices of its packed weights and all that derives from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.blocks import BlockMask, BlockShape
+from sparsify.errors import CheckpointError
+from sparsify.kernels.storage import Topology, topology, unpack, validate_indices
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Description of one packed parameter: `count` matrices of one shape, stored one after the other.
+
+    Attributes:
+        name: The parameter's name, such as `weight`; its values are `(Z, bi, bo)`.
+        prefix: Begin of the names of its index buffers.
+        count: Number of matrices; 1 for a linear layer, the number of experts for fused experts.
+        shape: Logical `(N, K)` of one matrix.
+        block: Block shape `(bo, bi)`.
+        blocks: Stored blocks of all matrices together, `Z`.
+    """
+
+    name: str
+    prefix: str
+    count: int
+    shape: tuple[int, int]
+    block: BlockShape
+    blocks: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Block rows and block columns of one matrix, `(R, C)`."""
+        return self.block.grid(self.shape)
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """Buffers that follow from the indices and are never saved; block numbers count within one matrix."""
+
+    crow: Tensor
+    row: Tensor
+    t_crow: Tensor
+    t_row: Tensor
+    t_block: Tensor
+
+
+class PackedModule(nn.Module):
+    """Base of modules that hold packed weights. Not used alone.
+
+    A packed weight `NAME` is a parameter `(Z, bi, bo)` with saved buffers `<prefix>crow_indices` `(count * R + 1,)`
+    and `<prefix>col_indices` `(Z,)`, int32. `refresh` validates them and rebuilds what derives from them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: dict[str, PackedWeight] = {}
+        self._starts: dict[str, list[int]] = {}
+
+    def _register(self, packed: PackedWeight, masks: list[BlockMask] | None) -> None:
+        """Adds the index buffers of one weight; without masks their contents are still to be loaded."""
+        self.packed[packed.name] = packed
+        rows, cols = packed.grid
+        device = getattr(self, packed.name).device
+        if masks is None:
+            crow = torch.zeros(packed.count * rows + 1, dtype=torch.int32, device=device)
+            col = torch.zeros(packed.blocks, dtype=torch.int32, device=device)
+        else:
+            crow, col = _join([mask.csr() for mask in masks])
+        self.register_buffer(f"{packed.prefix}crow_indices", crow.to(device))
+        self.register_buffer(f"{packed.prefix}col_indices", col.to(device))
+        sizes = {
+            "crow": packed.count * (rows + 1),
+            "row": packed.blocks,
+            "t_crow": packed.count * (cols + 1),
+            "t_row": packed.blocks,
+            "t_block": packed.blocks,
+        }
+        for field, size in sizes.items():
+            empty = torch.zeros(size, dtype=torch.int32, device=device)
+            self.register_buffer(f"_{packed.prefix}{field}", empty, persistent=False)
+        if masks is not None:
+            self._refresh(packed, packed.name)
+
+    def refresh(self, name: str | None = None) -> None:
+        """Validates the index buffers and rebuilds what is derived from them; call it after writing to them.
+
+        Args:
+            name: The module's name in its model, for the error message.
+
+        Raises:
+            CheckpointError: If indices are out of range, unsorted or of the wrong count.
+        """
+        for packed in self.packed.values():
+            self._refresh(packed, packed.name if name is None else f"{name}.{packed.name}")
+
+    def _refresh(self, packed: PackedWeight, name: str) -> None:
+        crow, col = (getattr(self, f"{packed.prefix}{kind}_indices") for kind in ("crow", "col"))
+        if crow.device.type == "meta":
+            return
+        rows, cols = packed.grid
+        validate_indices(crow, col, (packed.count * rows, cols), packed.blocks, name)
+        starts = crow[:: max(rows, 1)].tolist()
+        parts = [
+            topology(crow[i * rows : (i + 1) * rows + 1] - start, col[start:end], cols)
+            for i, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+        ]
+        for field in fields(_Derived):
+            joined = torch.cat([getattr(part, field.name) for part in parts])
+            setattr(self, f"_{packed.prefix}{field.name}", joined)
+        self._starts[packed.name] = starts
+
+    def topology(self, name: str, index: int = 0) -> Topology:
+        """Index vectors of matrix `index` of the packed weight `name`."""
+        packed = self.packed[name]
+        derived = _Derived(*(getattr(self, f"_{packed.prefix}{field.name}") for field in fields(_Derived)))
+        col = getattr(self, f"{packed.prefix}col_indices")
+        if packed.count == 1:
+            return Topology(derived.crow, col, derived.row, derived.t_crow, derived.t_row, derived.t_block)
+        rows, cols = packed.grid
+        blocks = self.block_range(name, index)
+        return Topology(
+            derived.crow[index * (rows + 1) : (index + 1) * (rows + 1)],
+            col[blocks],
+            derived.row[blocks],
+            derived.t_crow[index * (cols + 1) : (index + 1) * (cols + 1)],
+            derived.t_row[blocks],
+            derived.t_block[blocks],
+        )
+
+    def block_range(self, name: str, index: int = 0) -> slice:
+        """Where the stored blocks of matrix `index` lie in the packed weight `name`."""
+        starts = self._starts[name]
+        return slice(starts[index], starts[index + 1])
+
+    def mask_of(self, name: str, index: int = 0) -> BlockMask:
+        """Which blocks of matrix `index` of the packed weight `name` are stored, on the module's device."""
+        packed, topo = self.packed[name], self.topology(name, index)
+        return BlockMask.from_csr(topo.crow, topo.col, packed.shape, packed.block)
+
+    def dense_of(self, name: str, index: int = 0) -> Tensor:
+        """Matrix `index` of the packed weight `name` as `(N, K)` with zeros; a detached copy."""
+        topo = self.topology(name, index)
+        values = getattr(self, name).detach()[self.block_range(name, index)]
+        return unpack(values, topo.crow, topo.col, self.packed[name].shape)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        prefix, errors = args[1], args[6]
+        try:
+            self.refresh(prefix.rstrip(".") or None)
+        except CheckpointError as error:
+            errors.append(str(error))
+
+
+def _join(indices: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """CSR indices of matrices stacked on top of each other."""
+    crows, offset = [indices[0][0][:1]], 0
+    for crow, col in indices:
+        crows.append(crow[1:] + offset)
+        offset += col.numel()
+    return torch.cat(crows), torch.cat([col for _, col in indices])
