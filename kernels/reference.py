@@ -16,6 +16,7 @@ call for each row. MKL's BSR product is never used: it is slower than dense.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def _chunks(tokens: int, values: Tensor) -> Iterator[slice]:
 def _row_ranges(topo: Topology) -> Iterator[tuple[int, int, int]]:
     """`(row, first block, end)` of every block row that is not empty."""
     starts = topo.crow.tolist()
-    for row, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for row, (begin, end) in enumerate(pairwise(starts)):
         if begin < end:
             yield row, begin, end
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +39,8 @@ class PackedWeight:
         return self.block.grid(self.shape)
 
 
-@dataclass(frozen=True)
-class _Derived:
-    """Buffers that follow from the indices and are never saved; block numbers count within one matrix."""
-
-    crow: Tensor
-    row: Tensor
-    t_crow: Tensor
-    t_row: Tensor
-    t_block: Tensor
+# Buffers that follow from the indices and are never saved; block numbers count within one matrix.
+_DERIVED = ("crow", "row", "t_crow", "t_row", "t_block")
 
 
 class PackedModule(nn.Module):
@@ -107,30 +101,24 @@ class PackedModule(nn.Module):
         starts = crow[:: max(rows, 1)].tolist()
         parts = [
             topology(crow[i * rows : (i + 1) * rows + 1] - start, col[start:end], cols)
-            for i, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+            for i, (start, end) in enumerate(pairwise(starts))
         ]
-        for field in fields(_Derived):
-            joined = torch.cat([getattr(part, field.name) for part in parts])
-            setattr(self, f"_{packed.prefix}{field.name}", joined)
+        for field in _DERIVED:
+            setattr(self, f"_{packed.prefix}{field}", torch.cat([getattr(part, field) for part in parts]))
         self._starts[packed.name] = starts
 
     def topology(self, name: str, index: int = 0) -> Topology:
         """Index vectors of matrix `index` of the packed weight `name`."""
         packed = self.packed[name]
-        derived = _Derived(*(getattr(self, f"_{packed.prefix}{field.name}") for field in fields(_Derived)))
+        crow, row, t_crow, t_row, t_block = (getattr(self, f"_{packed.prefix}{field}") for field in _DERIVED)
         col = getattr(self, f"{packed.prefix}col_indices")
         if packed.count == 1:
-            return Topology(derived.crow, col, derived.row, derived.t_crow, derived.t_row, derived.t_block)
+            return Topology(crow, col, row, t_crow, t_row, t_block)
         rows, cols = packed.grid
-        blocks = self.block_range(name, index)
-        return Topology(
-            derived.crow[index * (rows + 1) : (index + 1) * (rows + 1)],
-            col[blocks],
-            derived.row[blocks],
-            derived.t_crow[index * (cols + 1) : (index + 1) * (cols + 1)],
-            derived.t_row[blocks],
-            derived.t_block[blocks],
-        )
+        own = self.block_range(name, index)
+        own_crow = crow[index * (rows + 1) : (index + 1) * (rows + 1)]
+        own_t_crow = t_crow[index * (cols + 1) : (index + 1) * (cols + 1)]
+        return Topology(own_crow, col[own], row[own], own_t_crow, t_row[own], t_block[own])
 
     def block_range(self, name: str, index: int = 0) -> slice:
         """Where the stored blocks of matrix `index` lie in the packed weight `name`."""
