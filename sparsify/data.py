@@ -215,7 +215,7 @@ def sentence_pairs(spec: Source) -> Dataset:
     """
     from datasets import Dataset
 
-    columns = _columns(spec, PAIR_COLUMNS, "two columns of sentences and one of scores")
+    columns = _columns(spec, PAIR_COLUMNS, "columns of two sentences and a score")
     first, second, score = (column[: spec.samples] for column in columns)
     scores = [_number(value, row, spec) for row, value in enumerate(score)]
     return Dataset.from_dict({"sentence1": first, "sentence2": second, "score": scores})
@@ -237,7 +237,7 @@ def labelled_texts(spec: Source, label2id: Mapping[str, int] | None = None) -> D
     """
     from datasets import Dataset
 
-    columns = _columns(spec, LABEL_COLUMNS, "a column of texts and one of labels")
+    columns = _columns(spec, LABEL_COLUMNS, "columns of texts and labels")
     texts, labels = (column[: spec.samples] for column in columns)
     if not all(re.fullmatch(r"-?\d+", str(label)) for label in labels):
         known = label2id or {
@@ -283,7 +283,7 @@ def _columns(spec: Source, usual: Sequence[tuple[str, ...]], meaning: str) -> li
     if wanted is None:
         fault = f"found no {meaning}"
     elif len(wanted) != len(usual[0]):
-        fault = f"`columns` names {len(wanted)}, but needed is {meaning}"
+        fault = f"`columns` names {len(wanted)}; expected {len(usual[0])}: {meaning}"
     elif missing := [name for name in wanted if name not in present]:
         fault = f"has no column {', '.join(missing)}"
     else:

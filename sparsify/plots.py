@@ -1,0 +1,221 @@
+"""Pictures of a compressed model: density by layer, masks, quality against sparsity, training loss.
+
+Each function draws one figure and writes it; the file's suffix chooses the format (`.png`, `.svg`, `.pdf`). Figures
+are made without pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsify.blocks import BlockMask
+from sparsify.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+KEPT, REMOVED, ACCENT = "#2f6f9f", "#e9edf1", "#c4572e"
+
+
+def density_by_layer(density: Mapping[str, float], path: str | Path) -> Path:
+    """Bar chart of each layer's density, in the given order, with their plain mean as a line.
+
+    Args:
+        density: Share of kept weights, 0 to 1, by layer name.
+        path: File to write.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigError: If there is nothing to draw or the suffix is unknown.
+    """
+    _need(density, "a layer's density")
+    figure = _figure(7.5, 1.2 + 0.24 * len(density))
+    axes = figure.add_subplot()
+    names = list(density)
+    axes.barh(names, [100 * density[name] for name in names], color=KEPT, height=0.75)
+    mean = 100 * sum(density.values()) / len(density)
+    axes.axvline(mean, color=ACCENT, linewidth=1)
+    axes.set_title(f"Density by layer (mean {mean:.1f} %)", loc="left")
+    axes.set_xlabel("weights kept, %")
+    axes.set_xlim(0, 100)
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    return _write(figure, path)
+
+
+def mask_pictures(masks: Mapping[str, BlockMask], path: str | Path, columns: int = 4) -> Path:
+    """Each layer's block mask as a picture: one cell a block, dark where it is kept.
+
+    Args:
+        masks: Masks by layer name.
+        path: File to write.
+        columns: Pictures in a row.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigError: If there is nothing to draw or the suffix is unknown.
+    """
+    from matplotlib.colors import ListedColormap
+
+    _need(masks, "a mask")
+    columns = min(columns, len(masks))
+    rows = math.ceil(len(masks) / columns)
+    figure = _figure(3.2 * columns, 3.1 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    colors = ListedColormap([REMOVED, KEPT])
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, (name, mask) in zip(grid, masks.items(), strict=False):
+        axes.imshow(mask.keep.cpu().numpy(), cmap=colors, vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(_short(name), fontsize=9, loc="left")
+        size = f"{mask.shape[0]}x{mask.shape[1]} in {mask.block}, {100 * mask.density:.0f} % kept"
+        axes.text(0, -0.04, size, transform=axes.transAxes, fontsize=8, va="top")
+    return _write(figure, path)
+
+
+def quality_by_sparsity(
+    curves: Mapping[str, Mapping[float, float]],
+    path: str | Path,
+    *,
+    quality: str,
+    dense: float | None = None,
+    log: bool = False,
+) -> Path:
+    """One line a method: quality against the share of weights removed.
+
+    Args:
+        curves: For each label, quality by sparsity (0 to 1).
+        path: File to write.
+        quality: What the vertical axis shows, such as `held-out perplexity`.
+        dense: The dense model's quality, drawn as a level.
+        log: Whether the vertical axis is logarithmic.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigError: If there is nothing to draw or the suffix is unknown.
+    """
+    _need(curves, "a curve")
+    figure = _figure(7, 4.5)
+    axes = figure.add_subplot()
+    for label, points in curves.items():
+        sparsities = sorted(points)
+        axes.plot([100 * s for s in sparsities], [points[s] for s in sparsities], marker="o", label=label)
+    _finish_quality(axes, quality, dense, log)
+    axes.set_xlabel("weights removed, %")
+    axes.legend(frameon=False)
+    return _write(figure, path)
+
+
+def quality_by_block(
+    series: Mapping[str, Mapping[str, float]],
+    path: str | Path,
+    *,
+    quality: str,
+    dense: float | None = None,
+    log: bool = False,
+) -> Path:
+    """Grouped bars: quality at one sparsity for several block shapes.
+
+    Args:
+        series: For each label (a bar colour), quality by block shape; all with the same shapes.
+        path: File to write.
+        quality: What the vertical axis shows.
+        dense: The dense model's quality, drawn as a level.
+        log: Whether the vertical axis is logarithmic.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigError: If there is nothing to draw or the suffix is unknown.
+    """
+    _need(series, "a series")
+    figure = _figure(7.5, 4.2)
+    axes = figure.add_subplot()
+    shapes = list(next(iter(series.values())))
+    width = 0.8 / len(series)
+    for index, (label, values) in enumerate(series.items()):
+        places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(shapes))]
+        bars = axes.bar(places, [values[shape] for shape in shapes], width * 0.94, label=label)
+        axes.bar_label(bars, fmt="{:.3g}", fontsize=7, padding=1)
+    _finish_quality(axes, quality, dense, log)
+    axes.set_xticks(range(len(shapes)), shapes)
+    axes.set_xlabel("block shape, out x in")
+    axes.legend(frameon=False)
+    return _write(figure, path)
+
+
+def loss_curve(losses: Mapping[str, Sequence[tuple[int, float]]], path: str | Path) -> Path:
+    """Training (or evaluation) loss against optimizer steps.
+
+    Args:
+        losses: For each label, points `(step, loss in nats per token)` in order.
+        path: File to write.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigError: If there is nothing to draw or the suffix is unknown.
+    """
+    _need([points for points in losses.values() if points], "a loss")
+    figure = _figure(7, 4)
+    axes = figure.add_subplot()
+    for label, points in losses.items():
+        axes.plot([step for step, _ in points], [loss for _, loss in points], label=label)
+    axes.set_title("Loss", loc="left")
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("nats a token")
+    axes.legend(frameon=False)
+    return _write(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _finish_quality(axes: Axes, quality: str, dense: float | None, log: bool) -> None:
+    if dense is not None:
+        axes.axhline(dense, color="black", linewidth=1, linestyle="--", label=f"dense, {dense:.4g}")
+    if log:
+        axes.set_yscale("log")
+    axes.set_ylabel(quality)
+
+
+def _write(figure: Figure, path: str | Path) -> Path:
+    from matplotlib import rc_context
+
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"cannot draw {path.name}: the suffix must be one of {', '.join(FORMATS)}")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # No date, no version, no random ids: equal data give equal files.
+    metadata = {".svg": {"Date": None}, ".png": {"Software": None}}.get(path.suffix)
+    with rc_context({"svg.hashsalt": "sparsify"}):
+        figure.savefig(path, dpi=150, metadata=metadata)
+    return path
+
+
+def _need(data: object, what: str) -> None:
+    if not data:
+        raise ConfigError(f"nothing to draw: give at least {what}")
+
+
+def _short(name: str, length: int = 34) -> str:
+    """The end of a long dotted name, which is what tells layers apart."""
+    return name if len(name) <= length else "..." + name[-length + 3 :]
