@@ -1,0 +1,65 @@
+"""The three products, in the torch reference and in the Triton kernels (interpreter), against dense float64."""
+
+import os
+
+import pytest
+import torch
+
+from sparsify.kernels import reference
+from tests.kernels.oracle import CASES, DTYPES, check_products, make
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("by_rows", [False, True], ids=["batched", "by_rows"])
+def test_reference(case, dtype, by_rows, monkeypatch):
+    monkeypatch.setattr(reference, "_by_rows", lambda *_: by_rows)
+    monkeypatch.setattr(reference, "MAX_CHUNK", 32)  # several chunks even at these few tokens
+    check_products(case, dtype, reference.dsd, reference.dds, reference.sdd)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="with a GPU the compiled kernels are tested, see tests/gpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_kernels_in_the_interpreter(case, dtype):
+    from sparsify.kernels import triton_dds, triton_dsd, triton_sdd
+
+    check_products(case, dtype, triton_dsd.dsd, triton_dds.dds, triton_sdd.sdd)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="with a GPU the compiled kernels are tested, see tests/gpu")
+def test_triton_reads_strided_activations():
+    from sparsify.kernels import triton_dds, triton_dsd, triton_sdd
+
+    o = make(CASES[1], torch.float32)
+    wide = torch.randn(CASES[1].tokens, 2 * CASES[1].in_features)
+    x, dy = wide[:, ::2], o.dy.T.contiguous().T
+    assert not x.is_contiguous() and not dy.is_contiguous()
+    y = triton_dsd.dsd(x, o.values, o.bias, o.topo, CASES[1].out_features)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, o.weight, o.bias))
+    torch.testing.assert_close(triton_dds.dds(dy, o.values, o.topo, CASES[1].in_features), dy @ o.weight)
+    block_in, block_out = o.values.shape[1:]
+    contiguous = triton_sdd.sdd(dy.contiguous(), x.contiguous(), o.topo, block_in, block_out)
+    torch.testing.assert_close(triton_sdd.sdd(dy, x, o.topo, block_in, block_out), contiguous)
+
+
+def test_reference_beats_dense_on_the_cpu():
+    """80 % sparse, 64x64 blocks, 256 tokens, 3072x768: the CPU path must be worth having."""
+    from statistics import median
+    from time import perf_counter
+
+    from tests.kernels.oracle import Case
+
+    o = make(Case(256, 3072, 768, (64, 64), density=0.2), torch.float32)
+    dense_weight = torch.randn_like(o.weight)
+    times = {"dense": [], "sparse": []}
+    for _ in range(15):
+        begin = perf_counter()
+        torch.nn.functional.linear(o.x, dense_weight, o.bias)
+        middle = perf_counter()
+        reference.dsd(o.x, o.values, o.bias, o.topo, 3072)
+        times["dense"].append(middle - begin)
+        times["sparse"].append(perf_counter() - middle)
+    assert median(times["sparse"]) < median(times["dense"])
