@@ -1,0 +1,103 @@
+"""Between the names in a checkpoint's files and the names in the model, where packed weights are concerned.
+
+transformers renames and reshapes tensors on the way in and out (`transformers/conversion_mapping.py`): Mixtral's files
+hold one matrix per expert, its model one fused parameter. Renaming is harmless to packed weights; reshaping is not, so
+converters that would touch a packed tensor are left out, on both ways by the same rule. Packed experts therefore lie
+in the files under their fused names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A `WeightRenaming` or `WeightConverter` of transformers, whose module has no stable public name for both.
+Conversion = Any
+
+
+def split(
+    conversions: Iterable[Conversion], packed: Iterable[str]
+) -> tuple[list[Conversion], list[Conversion]]:
+    """Divides conversions into those that may stay and those that would reshape a packed tensor.
+
+    Args:
+        conversions: transformers' conversions in loading direction.
+        packed: Names of all packed parameters and index buffers in the model.
+
+    Returns:
+        `(kept, dropped)`, both in their original order.
+    """
+    from transformers.core_model_loading import WeightConverter
+
+    packed = list(packed)
+    kept: list[Conversion] = []
+    dropped: list[Conversion] = []
+    for conversion in conversions:
+        touches = isinstance(conversion, WeightConverter) and any(
+            direction.rename_source_key(key)[1] is not None
+            for direction in _directions(conversion)
+            for key in packed
+        )
+        (dropped if touches else kept).append(conversion)
+    return kept, dropped
+
+
+def _directions(conversion: Conversion) -> list[Conversion]:
+    """Copies of a converter for loading and, if it can be reversed at all, for saving."""
+    # Copies, because matching marks a conversion as used.
+    forwards = deepcopy(conversion)
+    try:
+        return [forwards, conversion.reverse_transform()]
+    except (NotImplementedError, ValueError):
+        return [forwards]
+
+
+def of_model(model: PreTrainedModel) -> list[Conversion]:
+    """The conversions that saving `model` would reverse: those it was loaded with, else those of its architecture."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange
+
+        # As `revert_weight_conversion` does: a model that was not loaded has no prefix to restore.
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
+    return list(conversions)
+
+
+class KeyMap:
+    """Maps tensor names of a checkpoint's files to the model's, as `from_pretrained` does.
+
+    Args:
+        model: The model, possibly on the meta device.
+        conversions: Conversions in loading direction.
+    """
+
+    def __init__(self, model: PreTrainedModel, conversions: Iterable[Conversion]) -> None:
+        from transformers.core_model_loading import WeightConverter
+
+        conversions = list(conversions)
+        self._renamings = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._state: dict[str, Any] = model.state_dict()
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> KeyMap:
+        """The map for a dense model that is about to be loaded."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return cls(model, get_model_conversion_mapping(model))
+
+    def __call__(self, key: str) -> str:
+        """The model's name for the file's tensor `key`; the name itself if the model has none such."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, _ = rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)
+        if name not in self._state and key in self._state:
+            return key
+        return name

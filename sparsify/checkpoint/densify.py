@@ -1,0 +1,65 @@
+"""The way back: a block-sparse model or checkpoint as an ordinary dense one, for any runtime."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sparsify.checkpoint import reader, writer
+from sparsify.errors import CheckpointError
+from sparsify.layers.kinds import dense_parameters
+from sparsify.layers.swap import replace_module, sparse_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def swap_out(model: PreTrainedModel) -> None:
+    """Replaces every block-sparse layer by the dense one it stands for, zeros where no block is stored, in place.
+
+    Args:
+        model: A transformers model with its weights in memory.
+    """
+    config = deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        skeleton = type(model)._from_config(config)
+    for name, sparse in sparse_modules(model).items():
+        dense = skeleton.get_submodule(name)
+        for key, tensor in dense_parameters(sparse).items():
+            dense.register_parameter(key, nn.Parameter(tensor, sparse.get_parameter(key).requires_grad))
+        for key, parameter in sparse.named_parameters(recurse=False):
+            if key not in sparse.packed:
+                dense.register_parameter(key, parameter)
+        replace_module(model, name, dense.train(sparse.training))
+
+
+def densify(path: str | Path, out: str | Path, force: bool = False) -> Path:
+    """Writes the ordinary dense checkpoint that a block-sparse one stands for.
+
+    Kept weights are bit-identical, removed ones are zero; names and layout are those of the architecture, so that
+    plain `from_pretrained` reads the result without this package.
+
+    Args:
+        path: Block-sparse checkpoint: a folder, or a name on the Hub.
+        out: Folder to write.
+        force: Replace an existing checkpoint in `out`.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        CheckpointError: If `path` cannot be read or is dense already.
+        OutputError: If `out` exists, cannot be written or does not fit on its disk.
+    """
+    info = reader.open_checkpoint(path)
+    if not info.layers:
+        raise CheckpointError(f"{path} is a dense checkpoint already: there is nothing to densify")
+    writer.check_output(out, force, info.dense_bytes + sum(layer.bytes_dense for layer in info.layers))
+    model = reader.load(path)
+    model.dequantize()
+    return writer.save(model, out, processor=reader.load_processor(path), force=force)

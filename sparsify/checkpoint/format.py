@@ -1,0 +1,77 @@
+"""What a block-sparse checkpoint consists of: names, versions, and the per-layer entries of its `config.json`.
+
+`docs/checkpoint-format.md` is the specification that this file and `quantizer.py` implement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsify.blocks import BlockShape
+from sparsify.errors import BlockShapeError, CheckpointError
+from sparsify.layers.packed import PackedWeight
+
+QUANT_METHOD = "block_sparse"
+FORMAT_VERSION = 1
+RECIPE_FILE = "sparsify_recipe.yaml"
+REPORT_FILE = "sparsify_report.json"
+
+
+def packed_weights(layer: str, entry: object) -> list[PackedWeight]:
+    """Reads and checks the entry of one layer in `quantization_config["layers"]`.
+
+    Args:
+        layer: The layer's name, for messages.
+        entry: Its entry.
+
+    Returns:
+        Description of each packed parameter of the layer.
+
+    Raises:
+        CheckpointError: If the entry is not of the form that `docs/checkpoint-format.md` describes.
+    """
+    if not isinstance(entry, Mapping):
+        raise _bad(layer, f"expected a mapping, got {entry!r}")
+    kind = entry.get("kind")
+    if kind in ("linear", "conv1d"):
+        return [_packed_weight(layer, "weight", entry, 2)]
+    if kind == "experts":
+        weights = entry.get("weights")
+        if not isinstance(weights, Mapping) or not weights:
+            raise _bad(layer, "kind experts needs `weights`, a mapping of parameter names")
+        return [_packed_weight(layer, str(name), weight, 3) for name, weight in weights.items()]
+    raise _bad(layer, f"unknown kind {kind!r}, this version knows linear, conv1d and experts")
+
+
+def _packed_weight(layer: str, name: str, entry: object, rank: int) -> PackedWeight:
+    if not isinstance(entry, Mapping):
+        raise _bad(layer, f"{name}: expected a mapping, got {entry!r}")
+    shape = _integers(layer, entry, "shape", rank)
+    try:
+        block = BlockShape(*_integers(layer, entry, "block_shape", 2))
+    except BlockShapeError as error:
+        raise _bad(layer, f"{name}: {error}") from error
+    count = shape[0] if rank == 3 else 1
+    rows, cols = block.grid((shape[-2], shape[-1]))
+    blocks = entry.get("blocks")
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 <= blocks <= count * rows * cols:
+        raise _bad(
+            layer, f"{name}: `blocks` must be an integer from 0 to {count * rows * cols}, got {blocks!r}"
+        )
+    return PackedWeight(name, "" if rank == 2 else f"{name}_", count, (shape[-2], shape[-1]), block, blocks)
+
+
+def _integers(layer: str, entry: Mapping[str, Any], key: str, length: int) -> tuple[int, ...]:
+    value = entry.get(key)
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != length
+        or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in value)
+    ):
+        raise _bad(layer, f"`{key}` must be a list of {length} positive integers, got {value!r}")
+    return tuple(value)
+
+
+def _bad(layer: str, fault: str) -> CheckpointError:
+    return CheckpointError(f"config.json, quantization_config, layer {layer!r}: {fault}")

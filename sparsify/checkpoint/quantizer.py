@@ -1,0 +1,314 @@
+"""The integration with transformers: `from_pretrained`, `save_pretrained`, `push_to_hub` and `Trainer` just work.
+
+transformers calls a *quantizer*, chosen by `config.json`'s `quantization_config`, at fixed points of loading and
+saving. Ours swaps dense layers for block-sparse ones while the model is still on the meta device, so that no dense
+weight ever exists; checks files and indices; and keeps `config.json` true to the model on every save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparsify.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, packed_weights
+from sparsify.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class BlockSparseConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a block-sparse checkpoint.
+
+    Args:
+        layers: Module name -> entry with kind, logical shape, block shape and number of blocks.
+        format_version: Version of the format; 1.
+        quant_method: `"block_sparse"`.
+        **extra: Further keys, kept as they are and otherwise ignored.
+
+    Raises:
+        CheckpointError: If the version is unknown or an entry is malformed.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **extra: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has block-sparse format version {format_version!r}, this version of sparsify reads "
+                f"{FORMAT_VERSION}: upgrade block-sparsify"
+            )
+        if not isinstance(layers, Mapping):
+            raise CheckpointError(
+                "config.json: quantization_config has no `layers`: the checkpoint is damaged"
+            )
+        for name, entry in layers.items():
+            packed_weights(name, entry)
+        self.quant_method: Any = quant_method
+        self.format_version = format_version
+        self.layers = dict(layers)
+        self.extra = extra
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, as it stands in `config.json`."""
+        own = {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "layers": self.layers,
+        }
+        return {**self.extra, **own}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+
+class BlockSparseQuantizer(HfQuantizer):
+    """What transformers calls while it loads and saves a block-sparse model."""
+
+    requires_calibration = False
+    quantization_config: BlockSparseConfig
+
+    def __init__(self, quantization_config: BlockSparseConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._packed_keys: list[str] = []
+        # Converters that hold for the dense architecture alone; `restore_dense` gives them back.
+        self._dropped: list[Any] = []
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses to sparsify on load.
+
+        Raises:
+            ConfigError: If the checkpoint is dense and the config was passed as an argument.
+        """
+        if not self.pre_quantized:
+            raise ConfigError(
+                "BlockSparseConfig describes a checkpoint that is block-sparse already: load the dense model without "
+                "it and call sparsify.prune(model, ...)"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        from sparsify.checkpoint.check import check_files
+        from sparsify.layers.swap import sparse_modules
+
+        swap_in(model, self.quantization_config.layers)
+        self._packed_keys = _packed_keys(sparse_modules(model))
+        if checkpoint_files is not None:
+            check_files(model, self, checkpoint_files)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Leaves out the conversions that would reshape packed weights."""
+        from sparsify.checkpoint.conversions import split
+
+        kept, self._dropped = split(weight_conversions, self._packed_keys)
+        return kept
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from sparsify.checkpoint.check import check_loaded
+        from sparsify.layers.swap import sparse_modules
+
+        modules = sparse_modules(model)
+        check_loaded(modules)
+        for name, module in modules.items():
+            module.refresh(name)
+        # The weights are ordinary floating point: `.half()`, `.float()`, torch.compile and training all work, which
+        # transformers forbids to what calls itself quantized.
+        model.is_quantized = False  # pyright: ignore[reportAttributeAccessIssue]
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
+        """Called by `save_pretrained` before it writes anything: makes config and conversions fit the model."""
+        self.synchronise(model)
+        return None, {}
+
+    def synchronise(self, model: PreTrainedModel) -> None:
+        """Brings the config's layer entries and the model's weight conversions up to date with its modules."""
+        from sparsify.checkpoint.conversions import of_model, split
+        from sparsify.layers.kinds import entry
+        from sparsify.layers.swap import sparse_modules
+
+        modules = sparse_modules(model)
+        self.quantization_config.layers = {name: entry(module) for name, module in modules.items()}
+        self._packed_keys = _packed_keys(modules)
+        kept, dropped = split(of_model(model), self._packed_keys)
+        self._dropped += dropped
+        model._weight_conversions = kept  # pyright: ignore[reportAttributeAccessIssue]
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """`model.dequantize()`: turns the model back into an ordinary dense one with zeros, in place.
+
+        Args:
+            model: The block-sparse model.
+            dtype: Cast to this dtype; by default every weight keeps its own.
+        """
+        from sparsify.checkpoint.densify import swap_out
+
+        self.synchronise(model)
+        swap_out(model)
+        model._weight_conversions += self._dropped  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+
+    def is_serializable(self) -> bool:
+        """Always: packed weights are saved like any others."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Always: kept blocks are trained directly."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Tells `Trainer` that no adapter is needed."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Always: the ops support `torch.compile(fullgraph=True)`."""
+        return True
+
+
+def register() -> None:
+    """Makes the quantizer known to transformers; safe to call again."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, BlockSparseConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, BlockSparseQuantizer)
+
+
+def attach(model: PreTrainedModel, extra: Mapping[str, Any] | None = None) -> None:
+    """Makes a model whose layers were swapped in memory save itself as a block-sparse checkpoint.
+
+    After this, `save_pretrained`, `push_to_hub` and `Trainer` checkpoints are block-sparse checkpoints.
+
+    Args:
+        model: A transformers model with block-sparse layers.
+        extra: Further keys for `quantization_config`, JSON values.
+
+    Raises:
+        ConfigError: If the model has no block-sparse layer or is not a transformers model.
+    """
+    from transformers import PreTrainedModel
+
+    from sparsify.layers.swap import sparse_modules
+
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"{type(model).__name__} is not a transformers model, so it has no config to describe it"
+        )
+    if not sparse_modules(model):
+        raise ConfigError(
+            f"{type(model).__name__} has no block-sparse layer: convert it before attaching the format"
+        )
+    register()
+    previous = getattr(model, "hf_quantizer", None)
+    kept_extra = previous.quantization_config.extra if isinstance(previous, BlockSparseQuantizer) else {}
+    config = BlockSparseConfig(layers={}, **{**kept_extra, **(extra or {})})
+    quantizer = BlockSparseQuantizer(config, pre_quantized=True)
+    quantizer._dropped = previous._dropped if isinstance(previous, BlockSparseQuantizer) else []
+    quantizer.synchronise(model)
+    model.hf_quantizer = quantizer  # pyright: ignore[reportAttributeAccessIssue]
+    model.config.quantization_config = config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            # Attention code looks for an nn.Linear to learn the dtype from unless the config carries this mark.
+            module.config._is_quantized = True
+
+
+def build(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """Builds a block-sparse model from its config alone, on the meta device, without any weight file.
+
+    `AutoModel.from_config` ignores `quantization_config` and builds the dense model; this builds the sparse one.
+    Which blocks are stored is known only to the weight files, so masks and outputs are not available before loading.
+
+    Args:
+        config: A config with a block-sparse `quantization_config`.
+        model_class: Class to build; by default the one that `config.architectures` names.
+
+    Raises:
+        CheckpointError: If the config is not block-sparse, or names an unknown class or layer.
+    """
+    import transformers
+
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        raise CheckpointError("the config has no quantization_config: it describes a dense model")
+    values = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    if values.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"the config's quant_method is {values.get('quant_method')!r}, expected {QUANT_METHOD!r}"
+        )
+    if model_class is None:
+        names = config.architectures or ["(none)"]
+        model_class = getattr(transformers, names[0], None)
+        if model_class is None:
+            raise CheckpointError(f"transformers has no model class {names[0]!r}: pass model_class")
+    quantizer = BlockSparseQuantizer(BlockSparseConfig.from_dict(dict(values)), pre_quantized=True)
+    with torch.device("meta"):
+        model = model_class._from_config(config)
+        quantizer.preprocess_model(model)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    return model
+
+
+def swap_in(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]) -> None:
+    """Replaces the dense layers that `layers` names by empty block-sparse ones.
+
+    Args:
+        model: Dense model on the meta device.
+        layers: `quantization_config["layers"]`; names are those of the class that was saved. Where another class is
+            loaded, as a bare encoder from a model with a head, layers that it lacks are passed over.
+
+    Raises:
+        CheckpointError: If the model lacks a layer, or a layer is of another kind or shape.
+    """
+    from sparsify.checkpoint.conversions import KeyMap
+    from sparsify.layers.kinds import build as build_layer
+    from sparsify.layers.swap import replace_module
+
+    modules = dict(model.named_modules())
+    same_class = type(model).__name__ in (model.config.architectures or [])
+    key_map: KeyMap | None = None
+    found = 0
+    for name, entry in layers.items():
+        target = name
+        if target not in modules and not same_class:
+            key_map = key_map or KeyMap.of_model(model)
+            suffix = f".{packed_weights(name, entry)[0].name}"
+            target = key_map(name + suffix).removesuffix(suffix)
+        if target not in modules:
+            if same_class:
+                raise CheckpointError(
+                    f"config.json names the block-sparse layer {name!r}, which {type(model).__name__} does not have: "
+                    f"config.json is damaged or belongs to other weights"
+                )
+            continue
+        replace_module(model, target, build_layer(target, modules[target], entry))
+        found += 1
+    if layers and not found:
+        raise CheckpointError(
+            f"none of the checkpoint's {len(layers)} block-sparse layers (such as {next(iter(layers))!r}) exists in "
+            f"{type(model).__name__}: load it with the class it was saved from, {model.config.architectures}"
+        )
+
+
+def _packed_keys(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names in the model's state dict of everything that belongs to packed weights."""
+    return [f"{name}.{key}" for name, module in modules.items() for key in packed_names(module)]
+
+
+def packed_names(module: nn.Module) -> Iterable[str]:
+    """State-dict names of a block-sparse module's packed parameters and index buffers."""
+    for packed in module.packed.values():  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        yield from (packed.name, f"{packed.prefix}crow_indices", f"{packed.prefix}col_indices")

@@ -1,0 +1,331 @@
+"""Reading checkpoints: what one consists of without loading it, whether it is sound, and loading it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsify.blocks import BlockMask, BlockShape
+from sparsify.checkpoint.files import StoredTensor, read_headers, weight_files
+from sparsify.checkpoint.format import QUANT_METHOD, packed_weights
+from sparsify.errors import CheckpointError
+from sparsify.kernels.storage import validate_indices
+from sparsify.layers.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Task of a recipe -> transformers' class for it.
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "sentence-embedding": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One block-sparse weight of a checkpoint.
+
+    Attributes:
+        name: Module name; for fused experts followed by the parameter's name.
+        kind: `linear`, `conv1d` or `experts`.
+        shape: Logical shape, `(N, K)` or `(E, N, K)`.
+        block: Block shape.
+        blocks: Stored blocks `Z`.
+        density: Share of the weight's own elements that is stored, 0 to 1.
+        bytes_stored: Bytes of values and indices on disk.
+        bytes_dense: Bytes that the dense weight would take.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    block: BlockShape
+    blocks: int
+    density: float
+    bytes_stored: int
+    bytes_dense: int
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint as its files describe it.
+
+    Attributes:
+        path: The folder.
+        config: Contents of `config.json`.
+        layers: Its block-sparse weights, sorted by name; none for a dense checkpoint.
+        dense_bytes: Bytes of all other tensors.
+        total_bytes: Bytes of the weight files.
+        files: The weight files.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    layers: list[LayerInfo]
+    dense_bytes: int
+    total_bytes: int
+    files: list[Path]
+
+
+def open_checkpoint(path: str | Path) -> CheckpointInfo:
+    """Describes a checkpoint without loading its weights; only the indices of block-sparse layers are read.
+
+    Args:
+        path: A folder, or a name on the Hub (which is downloaded).
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, damaged, or its indices are corrupted.
+    """
+    folder = check_source(path)
+    config = _read_config(folder)
+    files = weight_files(folder)
+    stored = read_headers(files)
+    quantization = config.get("quantization_config") or {}
+    layers: list[LayerInfo] = []
+    if quantization.get("quant_method") == QUANT_METHOD:
+        entries = quantization.get("layers") or {}
+        lookup = _by_model_name(folder, stored, entries)
+        for name in sorted(entries, key=_natural):
+            for packed in packed_weights(name, entries[name]):
+                layers.append(_layer_info(name, entries[name]["kind"], packed, lookup))
+    dense_bytes = sum(tensor.nbytes for tensor in stored.values()) - sum(
+        layer.bytes_stored for layer in layers
+    )
+    return CheckpointInfo(
+        folder, config, layers, dense_bytes, sum(file.stat().st_size for file in files), files
+    )
+
+
+def check_source(path: str | Path) -> Path:
+    """Checks that a checkpoint, dense or block-sparse, is complete and safe to load, before anything is loaded.
+
+    Args:
+        path: A folder, or a name on the Hub (which is downloaded).
+
+    Returns:
+        The local folder.
+
+    Raises:
+        CheckpointError: If the folder, its `config.json` or a weight file is missing, a file is truncated, the
+            weights are a pickle, or the model needs code from the checkpoint.
+    """
+    folder = _local_folder(path)
+    config = _read_config(folder)
+    if "auto_map" in config and not _is_known_architecture(config):
+        raise CheckpointError(
+            f"{path} needs Python code that comes with the checkpoint, which is not run: use a model that "
+            f"transformers knows itself"
+        )
+    read_headers(weight_files(folder))
+    return folder
+
+
+def check_weights(model: torch.nn.Module) -> None:
+    """Checks that no weight is NaN or infinite.
+
+    Raises:
+        CheckpointError: Naming the first weight that is.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not bool(torch.isfinite(parameter.detach()).all()):
+            raise CheckpointError(f"weight {name} holds NaN or infinite values: the checkpoint is damaged")
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    task: str | None = None,
+) -> PreTrainedModel:
+    """Loads a checkpoint, dense or block-sparse, as `from_pretrained` of the right class does.
+
+    Args:
+        path: A folder, or a name on the Hub.
+        device: Where to put the model, such as `"cuda"`; `"auto"` spreads it with accelerate. Default: the CPU.
+        dtype: Dtype of the weights, such as `"bfloat16"`; indices stay int32. Default: the checkpoint's.
+        task: `causal-lm`, `masked-lm`, `sequence-classification` or `sentence-embedding`; by default the class that
+            the checkpoint was saved from.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, damaged, unsafe, or does not fit the task.
+    """
+    import transformers
+
+    import sparsify  # noqa: F401 -- registers the format
+
+    folder = check_source(path)
+    model_class = _model_class(_read_config(folder), task)
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
+    if device is not None and str(device) != "cpu":
+        options["device_map"] = device if str(device) == "auto" else {"": device}
+    try:
+        return getattr(transformers, model_class).from_pretrained(folder, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot load {path} as {model_class}: {reason}") from error
+
+
+def load_processor(path: str | Path) -> Any:
+    """The tokenizer, image processor, feature extractor or combined processor of a checkpoint.
+
+    Args:
+        path: A folder, or a name on the Hub.
+
+    Returns:
+        Whatever `save_pretrained` of that object can write again; `None` if the checkpoint has none.
+
+    Raises:
+        CheckpointError: If the folder does not exist.
+    """
+    import transformers
+
+    folder = _local_folder(path)
+    candidates = (
+        ("processor_config.json", "AutoProcessor"),
+        ("tokenizer_config.json", "AutoTokenizer"),
+        ("tokenizer.json", "AutoTokenizer"),
+        ("preprocessor_config.json", "AutoProcessor"),
+    )
+    for file, loader in candidates:
+        if (folder / file).is_file():
+            try:
+                return getattr(transformers, loader).from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise CheckpointError(f"cannot load the {loader[4:].lower()} of {path}: {reason}") from error
+    return None
+
+
+def _local_folder(path: str | Path) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{path} is a file: expected the folder of a checkpoint")
+    if isinstance(path, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise CheckpointError(
+            f"{path} does not exist: expected the folder of a checkpoint or a name on the Hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                path, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
+            )
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is neither a folder nor a checkpoint that the Hub gives us ({type(error).__name__}): check the "
+            f"name, the network, and `hf auth whoami`"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): fetch it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is damaged (no mapping): fetch it again")
+    return config
+
+
+def _is_known_architecture(config: Mapping[str, Any]) -> bool:
+    import transformers
+
+    return any(hasattr(transformers, name) for name in config.get("architectures") or [])
+
+
+def _model_class(config: Mapping[str, Any], task: str | None) -> str:
+    import transformers
+
+    if task not in (None, "auto"):
+        if task not in TASKS:
+            raise CheckpointError(f"unknown task {task!r}: expected one of auto, {', '.join(TASKS)}")
+        return TASKS[task]
+    names = config.get("architectures") or []
+    return next((name for name in names if hasattr(transformers, name)), "AutoModel")
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts `layers.10` after `layers.9`."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
+
+
+def _by_model_name(
+    folder: Path, stored: Mapping[str, StoredTensor], entries: Mapping[str, Any]
+) -> Mapping[str, StoredTensor]:
+    """The stored tensors by the model's names, which for some architectures differ from those in the files."""
+    wanted = (
+        f"{name}.{packed.name}" for name, entry in entries.items() for packed in packed_weights(name, entry)
+    )
+    if all(name in stored for name in wanted):
+        return stored
+    from transformers import AutoConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from sparsify.checkpoint.conversions import KeyMap
+    from sparsify.checkpoint.quantizer import build
+
+    model = build(AutoConfig.from_pretrained(folder))
+    key_map = KeyMap(model, get_model_conversion_mapping(model, None, model.hf_quantizer))
+    return {key_map(key): tensor for key, tensor in stored.items()}
+
+
+def _layer_info(name: str, kind: str, packed: PackedWeight, stored: Mapping[str, StoredTensor]) -> LayerInfo:
+    index_names = [f"{name}.{packed.prefix}{part}_indices" for part in ("crow", "col")]
+    missing = [key for key in (f"{name}.{packed.name}", *index_names) if key not in stored]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has no tensor {missing[0]}: a weight file is missing or damaged"
+        )
+    values, crow, col = (stored[key] for key in (f"{name}.{packed.name}", *index_names))
+    masks = _masks(name, packed, _read_indices(crow), _read_indices(col))
+    shape = packed.shape if kind != "experts" else (packed.count, *packed.shape)
+    elements = packed.count * packed.shape[0] * packed.shape[1]
+    return LayerInfo(
+        name=name if kind != "experts" else f"{name}.{packed.name}",
+        kind=kind,
+        shape=shape,
+        block=packed.block,
+        blocks=packed.blocks,
+        density=sum(mask.elements_kept for mask in masks) / elements,
+        bytes_stored=values.nbytes + crow.nbytes + col.nbytes,
+        bytes_dense=elements * (values.nbytes // values.numel if values.numel else 4),
+    )
+
+
+def _read_indices(tensor: StoredTensor) -> torch.Tensor:
+    if tensor.dtype != "I32":
+        raise CheckpointError(
+            f"indices in {tensor.file} are {tensor.dtype}, expected I32: the file is damaged"
+        )
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.begin)
+        content = bytearray(stream.read(tensor.nbytes))
+    return torch.frombuffer(content, dtype=torch.int32) if content else torch.zeros(0, dtype=torch.int32)
+
+
+def _masks(name: str, packed: PackedWeight, crow: torch.Tensor, col: torch.Tensor) -> Iterator[BlockMask]:
+    rows, cols = packed.grid
+    validate_indices(crow, col, (packed.count * rows, cols), packed.blocks, f"{name}.{packed.name}")
+    for begin in range(0, packed.count * rows, rows):
+        part = crow[begin : begin + rows + 1]
+        columns = col[int(part[0]) : int(part[-1])]
+        yield BlockMask.from_csr(part - part[0], columns, packed.shape, packed.block)
