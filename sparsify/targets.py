@@ -114,10 +114,6 @@ class _Request:
         """Why a layer stays dense; `None` if it is to be pruned."""
         if any(pattern.matches(layer) for pattern in self.unwanted):
             return "ignored"
-        if self.wanted is None and layer.module_name not in self.repeated:
-            return "outside the repeated blocks"
-        if self.wanted is not None and not any(pattern.matches(layer) for pattern in self.wanted):
-            return "not among the targets"
         owners = self.shared.get(id(layer.parameter))
         if owners is not None:
             other = next((name for name in owners if name != layer.module_name), layer.module_name)
@@ -127,6 +123,10 @@ class _Request:
                     f"has to stay dense; drop the target, or untie the two (tie_word_embeddings: false) first"
                 )
             return f"shares its weight with {other}"
+        if self.wanted is None and layer.module_name not in self.repeated:
+            return "outside the repeated blocks"
+        if self.wanted is not None and not any(pattern.matches(layer) for pattern in self.wanted):
+            return "not among the targets"
         if candidate.module is self.output and not any(pattern.names(layer) for pattern in self.wanted or ()):
             return "output embedding; name it to prune it"
         return f"smaller than one block of {self.block}" if candidate.too_small else None

@@ -1,0 +1,132 @@
+"""Shows a pruner the inputs of each layer, from forward hooks on a dense model.
+
+A linear layer's inputs are the tokens `(tokens, K)` it is called with. Of fused experts, each expert is shown the
+tokens routed to it; the inputs of its second projection, which exist only inside the experts' forward pass, are
+computed again from its first projection and the module's own gate.
+
+Padding is left out where a batch has an `attention_mask` (or `decoder_attention_mask`) that fits the layer's inputs in
+shape. Where both fit and differ, or the layer sees other positions than the mask (image patches, pooled states), all
+inputs count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsify.errors import PrunerError
+from sparsify.layers.experts import projections
+from sparsify.pruner import PrunableLayer, Pruner
+
+
+def needs_calibration(pruner: Pruner) -> bool:
+    """Whether a pruner reads the layers' inputs."""
+    return bool(pruner.requires) or type(pruner).calibrate is not Pruner.calibrate
+
+
+@torch.no_grad()
+def collect_statistics(
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    pruner: Pruner,
+    batches: Iterable[Mapping[str, Any]],
+    device: torch.device | str | None = None,
+) -> None:
+    """Runs batches through the model and calls `pruner.calibrate` with the inputs of each layer.
+
+    Args:
+        model: The dense model, in the state it is to be measured in; run in evaluation mode.
+        layers: The layers to show.
+        pruner: Who is shown; does nothing if it needs no calibration.
+        batches: Keyword arguments of the model's forward pass, tensors or not.
+        device: Where the tensors of a batch go; `None` for the device of the model's first parameter.
+
+    Raises:
+        PrunerError: If no batch reaches some layer (an expert without tokens is fine).
+    """
+    if not needs_calibration(pruner):
+        return
+    modules: dict[str, list[PrunableLayer]] = {}
+    for layer in layers:
+        modules.setdefault(layer.module_name, []).append(layer)
+    masks: list[Tensor] = []
+    reached: set[str] = set()
+
+    def hook(module_name: str) -> Callable[..., None]:
+        own = modules[module_name]
+        show = _show_linear if own[0].index is None else _show_experts
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            reached.add(module_name)
+            show(module, own, pruner, [*args, *kwargs.values()], masks)
+
+        return before
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in modules
+    ]
+    training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device if device is None else device
+        for batch in batches:
+            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            found = (moved.get("attention_mask"), moved.get("decoder_attention_mask"))
+            masks[:] = [mask.bool() for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
+            model(**moved)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    missed = [name for name in modules if name not in reached]
+    if missed:
+        raise PrunerError(
+            f"layer {missed[0]} saw no calibration input{f', and {len(missed) - 1} more' if missed[1:] else ''}: "
+            f"give data that reaches it, or leave it out with ignore"
+        )
+
+
+def _show_linear(
+    module: nn.Module, layers: list[PrunableLayer], pruner: Pruner, inputs: list[Any], masks: list[Tensor]
+) -> None:
+    tokens = inputs[0]
+    valid = _valid(tokens, masks)
+    pruner.calibrate(layers[0], tokens[valid] if valid is not None else tokens.flatten(0, -2))
+
+
+def _show_experts(
+    module: nn.Module, layers: list[PrunableLayer], pruner: Pruner, inputs: list[Any], masks: list[Tensor]
+) -> None:
+    tokens, routed = inputs[0], inputs[1]
+    valid = _valid(tokens, masks)
+    if valid is not None:
+        tokens, routed = tokens[valid], routed[valid]
+    names = projections(module)
+    assert names is not None
+    for layer in layers:
+        assert layer.index is not None
+        shown = tokens[(routed == layer.index).any(-1)]
+        first = layer.parameter is module._parameters[names[0]]
+        pruner.calibrate(layer, shown if first else _hidden(module, names[0], layer.index, shown))
+
+
+def _hidden(module: Any, projection: str, expert: int, tokens: Tensor) -> Tensor:
+    """Inputs `(tokens, I)` of an expert's second projection."""
+    weight, bias = getattr(module, projection)[expert], module._parameters.get(f"{projection}_bias")
+    weight = weight.t() if getattr(module, "is_transposed", False) else weight
+    hidden = functional.linear(tokens, weight, None if bias is None else bias[expert])
+    gated = projection == "gate_up_proj" and getattr(module, "has_gate", True)
+    return module._apply_gate(hidden) if gated else module.act_fn(hidden)
+
+
+def _valid(tokens: Tensor, masks: list[Tensor]) -> Tensor | None:
+    """The one mask that fits `tokens` `(..., K)`, in the shape of its leading dimensions; `None` if none does."""
+    lead = tokens.shape[:-1]
+    fitting = [mask for mask in masks if mask.shape == lead or lead == (mask.numel(),)]
+    if not fitting or any(not torch.equal(fitting[0], other) for other in fitting[1:]):
+        return None
+    return fitting[0].view(lead).to(tokens.device)
