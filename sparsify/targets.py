@@ -189,7 +189,7 @@ class _Pattern:
         root = min(self.roots)
         why = next((candidate.why for candidate in candidates if candidate.module_name == root), None)
         raise TargetError(
-            f"target {text!r} holds no layer that can be pruned: {root or 'the model'} is a "
+            f"target {text!r} holds no layer that can be pruned: {root or 'the model'} is of class "
             f"{type(model.get_submodule(root)).__name__}{f' ({why})' if why else ''}; what can be pruned are "
             f"linear layers, Conv1D and fused experts"
         )
