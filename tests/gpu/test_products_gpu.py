@@ -69,17 +69,20 @@ def test_compiles_whole_and_replays_as_a_cuda_graph():
         torch.testing.assert_close(y, layer(x))
 
 
-def test_training_memory_is_proportional_to_density():
-    shape, block = (8192, 8192), BlockShape(128, 128)
-    mask = BlockMask(torch.rand(block.grid(shape)) < 0.1, shape, block)
-    layer = BlockSparseLinear(8192, 8192, block, mask=mask, bias=False, device="cuda", dtype=torch.bfloat16)
+def _peak_of_a_training_step(layer):
     optimizer = torch.optim.AdamW(layer.parameters())
     x = torch.randn(64, 8192, device="cuda", dtype=torch.bfloat16)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     layer(x).sum().backward()
     optimizer.step()
-    weight_bytes = layer.weight.numel() * 2
-    assert (
-        torch.cuda.max_memory_allocated() < 1.5 * 5 * weight_bytes
-    )  # values, gradient, two moments, one temporary
+    return torch.cuda.max_memory_allocated()
+
+
+def test_training_memory_is_proportional_to_density():
+    shape, block = (8192, 8192), BlockShape(128, 128)
+    mask = BlockMask(torch.rand(block.grid(shape)) < 0.1, shape, block)
+    options = {"bias": False, "device": "cuda", "dtype": torch.bfloat16}
+    sparse = _peak_of_a_training_step(BlockSparseLinear(8192, 8192, block, mask=mask, **options))
+    dense = _peak_of_a_training_step(torch.nn.Linear(8192, 8192, **options))
+    assert sparse < 1.2 * mask.density * dense

@@ -84,7 +84,8 @@ def assert_close(actual: Tensor, exact: Tensor, dense: Tensor) -> None:
     assert torch.isfinite(actual).all()
     scale = exact.abs().max().clamp_min(1e-6)
     allowed = 2 * (dense.double() - exact).abs().max() + torch.finfo(actual.dtype).eps * scale
-    assert (actual.double() - exact).abs().max() <= allowed
+    error = (actual.double() - exact).abs().max()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}, scale {scale:.3g}"
 
 
 def check_products(case: Case, dtype: torch.dtype, dsd, dds, sdd, device: str = "cpu") -> None:
