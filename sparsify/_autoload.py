@@ -43,7 +43,10 @@ def install() -> None:
 def _register(name: str) -> None:
     """Runs the `register()` that belongs to module `name`, which has just been imported."""
     try:
-        import_module(_HOOKS[name]).register()
+        module = import_module(_HOOKS[name])
+        # Where our module is what imported `name`, it is not complete yet; the next hook finds it so.
+        if not getattr(module.__spec__, "_initializing", False):
+            module.register()
     except Exception as error:
         warnings.warn(f"sparsify could not register itself with {name}: {error}", stacklevel=2)
 

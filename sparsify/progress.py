@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-Advance = Callable[..., None]
-"""`advance(count=1, text="")`: that many units are done; `text` says something short about them."""
+
+class Advance(Protocol):
+    """Moves a task on."""
+
+    def __call__(self, count: float = 1, *, total: float | None = None, text: str = "") -> None:
+        """`count` more units are done, of `total` if that has become known; `text` says something short about them."""
 
 
 class Progress:
     """Takes reports of progress and drops them."""
+
+    def stage(self, index: int, count: int, name: str) -> None:
+        """Stage `index` of `count` (from 0) of a recipe begins."""
 
     def note(self, text: str) -> None:
         """Says one line that the user should know, such as a choice that `auto` made."""
@@ -18,4 +26,8 @@ class Progress:
     @contextmanager
     def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
         """A piece of work of `total` units (unknown if `None`); gives the function that advances it."""
-        yield lambda count=1, text="": None
+        yield _ignore
+
+
+def _ignore(count: float = 1, *, total: float | None = None, text: str = "") -> None:
+    pass

@@ -26,9 +26,10 @@ from pydantic import (
     model_validator,
 )
 
+from sparsify import data as data_files
 from sparsify.blocks import BlockShape
 from sparsify.errors import ConfigError, SparsifyError
-from sparsify.recipe_faults import Fault, describe, from_pydantic, order_faults
+from sparsify.recipe_faults import Fault, check_trainer_arguments, describe, from_pydantic, order_faults
 from sparsify.recipe_file import RecipeText, apply_overrides, locate
 
 Task: TypeAlias = Literal["auto", "causal-lm", "masked-lm", "sequence-classification", "sentence-embedding"]
@@ -92,7 +93,9 @@ class DataSpec(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:
         if (self.path is None) == (self.name is None):
-            raise ValueError("needs exactly one of `path` (a local file or folder) and `name` (a `datasets` name)")
+            raise ValueError(
+                "needs exactly one of `path` (a local file or folder) and `name` (a `datasets` name)"
+            )
         return self
 
 
@@ -148,6 +151,16 @@ class Pruning(Strict):
         return self
 
 
+class Search(Pruning):
+    """Pruning while training.
+
+    Attributes:
+        until: Share of the stage's steps after which the masks are fixed; the rest trains on under them.
+    """
+
+    until: float = Field(default=1.0, gt=0, le=1)
+
+
 class CalibrateStage(Strict):
     """Collects the statistics that the next pruner asks for, over `samples` samples in batches of `batch`."""
 
@@ -173,7 +186,7 @@ class FinetuneStage(Strict):
         learning_rate: Peak learning rate.
         warmup: Share of the steps in which the learning rate rises from 0.
         weight_decay: Decoupled weight decay of AdamW.
-        schedule: Learning-rate schedule, by its transformers name.
+        schedule: What the learning rate does after the warm-up, by its transformers name.
         precision: `float32`, or mixed precision over float32 weights; `auto` takes bfloat16 on a GPU that has it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
         pruner: Prune while training, and fix the exact mask at the end.
@@ -181,7 +194,7 @@ class FinetuneStage(Strict):
             step of each and takes the faster one.
         save_steps: Optimizer steps between two points from which `--resume` can go on; a tenth of the run when left
             out.
-        trainer: Any further `transformers.TrainingArguments`.
+        trainer: Further `transformers.TrainingArguments`, other than those that the keys above decide.
     """
 
     stage: Literal["finetune"]
@@ -192,10 +205,10 @@ class FinetuneStage(Strict):
     learning_rate: float = Field(default=5e-4, gt=0)
     warmup: Share = 0.1
     weight_decay: float = Field(default=0.0, ge=0)
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "linear", "constant_with_warmup", "inverse_sqrt"] = "cosine"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
-    pruner: Pruning | None = None
+    pruner: Search | None = None
     heal: Heal = "auto"
     save_steps: int | None = Field(default=None, ge=1)
     trainer: dict[str, Any] = Field(default_factory=dict)
@@ -205,6 +218,12 @@ class FinetuneStage(Strict):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("needs exactly one of `steps` and `epochs`")
         return self
+
+    @field_validator("trainer")
+    @classmethod
+    def _known_arguments(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        check_trainer_arguments(trainer)
+        return trainer
 
 
 class ConvertStage(Strict):
@@ -284,7 +303,9 @@ class Recipe(Strict):
         return self
 
     @classmethod
-    def load(cls, source: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
+    def load(
+        cls, source: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+    ) -> Recipe:
         """Reads a recipe file, or a recipe of the package by its name.
 
         Args:
@@ -322,6 +343,35 @@ class Recipe(Strict):
         if recipe is None or faults:
             raise ConfigError(describe(faults, text))
         return recipe
+
+    @classmethod
+    def oneshot(
+        cls, pruning: Mapping[str, Any], options: Sequence[str], data: str | None, **values: Any
+    ) -> Recipe:
+        """The recipe of `sparsify prune`: prune once, pack, report.
+
+        Args:
+            pruning: Keys of the prune stage; `None` is skipped.
+            options: Options of the pruner, as `key=value`.
+            data: File, folder or `datasets` name to calibrate with, if the pruner needs that.
+            **values: Top-level keys of the recipe.
+
+        Raises:
+            ConfigError: With every fault.
+        """
+        stages: list[dict[str, Any]] = [{"stage": "prune"}, {"stage": "convert"}, {"stage": "report"}]
+        stages[0] |= {key: value for key, value in pruning.items() if value is not None}
+        recipe: dict[str, Any] = {"version": 1, "name": "prune", "stages": stages}
+        if data is not None:
+            spec = data_files.DataSpec.parse(data)
+            place = (
+                {"path": str(spec.path)}
+                if spec.path is not None
+                else {"name": spec.name, "config": spec.config}
+            )
+            recipe["data"] = {"calibration": place}
+            stages.insert(0, {"stage": "calibrate"})
+        return cls.from_dict(recipe, [f"prune.options.{option}" for option in options], values)
 
     def to_yaml(self) -> str:
         """The recipe as YAML text that `load` reads back to an equal recipe; defaults are spelled out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -10,6 +11,41 @@ from pydantic import BaseModel, ValidationError
 
 from sparsify.recipe_file import Place, RecipeText, nearest
 
+# Arguments of the Trainer that a finetune stage decides by itself, and the key to write instead where there is one.
+OWN_ARGUMENTS = {
+    "output_dir": "out",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch",
+    "gradient_accumulation_steps": "accumulate",
+    "learning_rate": "learning_rate",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+    "lr_scheduler_type": "schedule",
+    "bf16": "precision",
+    "fp16": "precision",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "save_steps": "save_steps",
+    "save_strategy": "save_steps",
+    "seed": "seed",
+    "use_cpu": "device",
+    **dict.fromkeys(
+        (
+            "data_seed",
+            "disable_tqdm",
+            "eval_strategy",
+            "label_names",
+            "load_best_model_at_end",
+            "push_to_hub",
+        ),
+        "",
+    ),
+    **dict.fromkeys(
+        ("logging_nan_inf_filter", "remove_unused_columns", "resume_from_checkpoint", "save_only_model"), ""
+    ),
+    "save_total_limit": "",
+}
 STAGES = ("calibrate", "prune", "finetune", "convert", "evaluate", "report")
 
 
@@ -31,7 +67,9 @@ def describe(faults: Sequence[Fault], text: RecipeText | None) -> str:
     def line(fault: Fault) -> int:
         return (text.line(fault.place) if text else None) or 0
 
-    lines = [f"line {line(fault)}: {fault}" if line(fault) else str(fault) for fault in sorted(faults, key=line)]
+    lines = [
+        f"line {line(fault)}: {fault}" if line(fault) else str(fault) for fault in sorted(faults, key=line)
+    ]
     lines = list(dict.fromkeys(lines))
     if len(lines) == 1:
         return f"{origin}: {lines[0]}"
@@ -92,10 +130,35 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections(inner)
 
 
+def check_trainer_arguments(given: Mapping[str, Any]) -> None:
+    """Refuses what `transformers.TrainingArguments` does not know, and what a finetune stage decides by itself.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if not given:
+        return
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)} - set(OWN_ARGUMENTS)
+    for key in given:
+        if OWN_ARGUMENTS.get(key):
+            raise ValueError(f"{key} is set by the recipe's key `{OWN_ARGUMENTS[key]}`; use that one")
+        if key in OWN_ARGUMENTS:
+            raise ValueError(f"{key} cannot be changed: the stage depends on its own value")
+        if key not in known:
+            close = nearest(key, known) if difflib.get_close_matches(key, known, n=1) else ""
+            raise ValueError(f"transformers.TrainingArguments has no {key!r}{close}")
+
+
 def order_faults(data: Mapping[str, Any]) -> list[Fault]:
     """Faults between stages, and between stages and data, of a recipe that may have other faults as well."""
     listed = data.get("stages")
-    stages = [stage if isinstance(stage, Mapping) else {} for stage in listed] if isinstance(listed, list) else []
+    stages = (
+        [stage if isinstance(stage, Mapping) else {} for stage in listed] if isinstance(listed, list) else []
+    )
     sources = data.get("data")
     sources = sources if isinstance(sources, Mapping) else {}
     faults: list[Fault] = []
@@ -108,7 +171,10 @@ def order_faults(data: Mapping[str, Any]) -> list[Fault]:
     packed = False
     for index, (stage, name) in enumerate(zip(stages, names, strict=True)):
         if prunes[index] and packed:
-            fault(index, "nothing can be pruned once the weights are packed; move this stage before the conversion")
+            fault(
+                index,
+                "nothing can be pruned once the weights are packed; move this stage before the conversion",
+            )
         if name == "calibrate":
             if not any(prunes[index + 1 :]):
                 fault(index, "no later stage prunes, so nothing would use the statistics")
@@ -132,13 +198,17 @@ def order_faults(data: Mapping[str, Any]) -> list[Fault]:
 def _heal_faults(stages: list[Mapping[str, Any]], index: int, packed: bool, pruned: bool, fault: Any) -> bool:
     """Judges `heal` of one finetune stage; returns whether the stage surely packs the weights."""
     heal = stages[index].get("heal", "auto")
-    later_dense = any(stage.get("stage") == "convert" and stage.get("format") == "dense" for stage in stages[index:])
+    later_dense = any(
+        stage.get("stage") == "convert" and stage.get("format") == "dense" for stage in stages[index:]
+    )
     if stages[index].get("pruner") is not None:
         if heal != "auto":
             fault(index, "a stage with a pruner searches the mask and cannot heal; leave `heal` out", "heal")
         return False
     if heal == "masked" and packed:
-        fault(index, "the weights are packed before this stage, so they cannot be trained under a mask", "heal")
+        fault(
+            index, "the weights are packed before this stage, so they cannot be trained under a mask", "heal"
+        )
     if heal == "packed" and not pruned and not packed:
         fault(index, "there are no blocks to pack yet: no earlier stage prunes", "heal")
     if heal == "packed" and later_dense:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import yaml
 
@@ -27,14 +27,15 @@ PACKAGED = Path(__file__).parent / "recipes"
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars on top of PyYAML's 1.1 parser."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
 
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
     ("merge", r"<<", "<"),
 ):
     _starts = [None if char == "\0" else char for char in _first] + ([""] if _tag == "null" else [])
@@ -56,7 +57,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 def load_yaml(text: str) -> Any:
     """Parses one YAML document in the dialect above; raises `yaml.YAMLError`."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ def locate(source: str | Path) -> RecipeText:
     looks_like_name = isinstance(source, str) and re.fullmatch(r"[\w-]+", source) is not None
     if looks_like_name and not path.is_file():
         if source not in packaged():
-            raise ConfigError(f"no recipe file or packaged recipe is called {source!r}{nearest(source, packaged())}")
+            raise ConfigError(
+                f"no recipe file or packaged recipe is called {source!r}{nearest(source, packaged())}"
+            )
         path = PACKAGED / f"{source}.yaml"
     try:
         text = path.read_text(encoding="utf-8")
@@ -128,7 +131,9 @@ def parse(text: str, origin: str) -> RecipeText:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{origin}: not YAML: {reason}") from error
     if not isinstance(data, dict) or node is None:
-        raise ConfigError(f"{origin}: a recipe is a mapping of keys such as `version: 1`, got {type(data).__name__}")
+        raise ConfigError(
+            f"{origin}: a recipe is a mapping of keys such as `version: 1`, got {type(data).__name__}"
+        )
     lines: dict[Place, int] = {}
     twice = list(_walk(node, (), lines))
     if twice:
@@ -191,14 +196,22 @@ def _resolve(data: dict[str, Any], parts: list[str], setting: str, known: Iterab
     if parts[0] in set(known) | set(data):
         return parts
     stages = data.get("stages")
-    names = [stage.get("stage") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    names = (
+        [stage.get("stage") for stage in stages if isinstance(stage, dict)]
+        if isinstance(stages, list)
+        else []
+    )
     places = [index for index, name in enumerate(names) if name == parts[0]]
     if not places:
         options = {*known, *(name for name in names if isinstance(name, str))}
-        raise ConfigError(f"--set {setting}: no key or stage is called {parts[0]!r}{nearest(parts[0], options)}")
+        raise ConfigError(
+            f"--set {setting}: no key or stage is called {parts[0]!r}{nearest(parts[0], options)}"
+        )
     if len(places) > 1:
         choices = " or ".join(f"stages.{index}" for index in places)
-        raise ConfigError(f"--set {setting}: the recipe has {len(places)} {parts[0]} stages; write {choices} instead")
+        raise ConfigError(
+            f"--set {setting}: the recipe has {len(places)} {parts[0]} stages; write {choices} instead"
+        )
     return ["stages", str(places[0]), *parts[1:]]
 
 
@@ -209,7 +222,9 @@ def _assign(data: dict[str, Any], parts: list[str], value: Any, setting: str) ->
         where = ".".join(parts[:depth])
         if isinstance(here, list):
             if not part.isdecimal() or int(part) >= len(here):
-                raise ConfigError(f"--set {setting}: {where} has the entries 0 to {len(here) - 1}, got {part!r}")
+                raise ConfigError(
+                    f"--set {setting}: {where} has the entries 0 to {len(here) - 1}, got {part!r}"
+                )
             slot: Any = int(part)
         elif isinstance(here, dict):
             slot = part

@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sparsify.blocks import BlockMask, BlockShape
+from sparsify.blocks import BlockMask
 from sparsify.errors import CheckpointError, ConfigError, OutputError
+from sparsify.masking import load_masks, save_masks
 from sparsify.recipe import Recipe
 
 STATE_FILE = "state.json"
@@ -40,8 +39,8 @@ class WorkFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether an earlier run left a finished stage or a training checkpoint here."""
-        return self.path.is_dir() and any(self.path.iterdir())
+        """Whether an earlier run left something here to go on from."""
+        return (self.path / STATE_FILE).is_file()
 
     @property
     def fingerprint(self) -> str:
@@ -87,23 +86,14 @@ class WorkFolder:
 
     def write_masks(self, name: str, masks: Mapping[str, BlockMask]) -> None:
         """Stores masks as `name` (a safetensors file)."""
-        from safetensors.torch import save_file
-
         self.create()
-        shapes = {key: [*mask.shape, mask.block.rows, mask.block.cols] for key, mask in masks.items()}
-        tensors = {key: mask.keep.to("cpu", torch.uint8).contiguous() for key, mask in masks.items()}
-        save_file(tensors, str(self.path / name), metadata={"shapes": json.dumps(shapes)})
+        fresh = self.path / f"{name}.tmp-{os.getpid()}"
+        save_masks(fresh, masks)
+        fresh.replace(self.path / name)
 
     def read_masks(self, name: str) -> dict[str, BlockMask]:
-        """Reads what `write_masks` stored, in the order in which it was given."""
-        from safetensors import safe_open
-
-        with safe_open(str(self.path / name), framework="pt") as file:
-            shapes = json.loads(file.metadata()["shapes"])
-            return {
-                key: BlockMask(file.get_tensor(key).bool(), (rows, cols), BlockShape(bo, bi))
-                for key, (rows, cols, bo, bi) in shapes.items()
-            }
+        """Reads what `write_masks` stored."""
+        return load_masks(self.path / name)
 
     def create(self) -> None:
         """Makes the folder.
@@ -114,7 +104,9 @@ class WorkFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot make the work folder {self.path}: {error.strerror or error}") from error
+            raise OutputError(
+                f"cannot make the work folder {self.path}: {error.strerror or error}"
+            ) from error
 
     def remove(self) -> None:
         """Removes the folder and all it holds."""

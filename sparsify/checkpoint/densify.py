@@ -56,10 +56,25 @@ def densify(path: str | Path, out: str | Path, force: bool = False) -> Path:
         CheckpointError: If `path` cannot be read or is dense already.
         OutputError: If `out` exists, cannot be written or does not fit on its disk.
     """
-    info = reader.open_checkpoint(path)
-    if not info.layers:
-        raise CheckpointError(f"{path} is a dense checkpoint already: there is nothing to densify")
-    writer.check_output(out, force, info.dense_bytes + sum(layer.bytes_dense for layer in info.layers))
+    plan(path, out, force)
     model = reader.load(path)
     model.dequantize()
     return writer.save(model, out, processor=reader.load_processor(path), force=force)
+
+
+def plan(path: str | Path, out: str | Path, force: bool = False) -> tuple[reader.CheckpointInfo, int]:
+    """Checks that `densify` can do its work, without loading weights.
+
+    Returns:
+        The checkpoint's description, and the bytes of weights that would be written.
+
+    Raises:
+        CheckpointError: If `path` cannot be read or is dense already.
+        OutputError: If `out` exists, cannot be written or does not fit on its disk.
+    """
+    info = reader.open_checkpoint(path)
+    if not info.layers:
+        raise CheckpointError(f"{path} is a dense checkpoint already: there is nothing to densify")
+    needed = info.dense_bytes + sum(layer.bytes_dense for layer in info.layers)
+    writer.check_output(out, force, needed)
+    return info, needed

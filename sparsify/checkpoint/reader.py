@@ -105,11 +105,12 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     )
 
 
-def check_source(path: str | Path) -> Path:
+def check_source(path: str | Path, trust_remote_code: bool = False) -> Path:
     """Checks that a checkpoint, dense or block-sparse, is complete and safe to load, before anything is loaded.
 
     Args:
         path: A folder, or a name on the Hub (which is downloaded).
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
 
     Returns:
         The local folder.
@@ -120,10 +121,10 @@ def check_source(path: str | Path) -> Path:
     """
     folder = _local_folder(path)
     config = _read_config(folder)
-    if "auto_map" in config and not _is_known_architecture(config):
+    if "auto_map" in config and not _is_known_architecture(config) and not trust_remote_code:
         raise CheckpointError(
             f"{path} needs Python code that comes with the checkpoint, which is not run: use a model that "
-            f"transformers knows itself"
+            f"transformers knows itself, or pass --trust-remote-code (trust_remote_code=True) if you trust that code"
         )
     read_headers(weight_files(folder))
     return folder
@@ -145,6 +146,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     task: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads a checkpoint, dense or block-sparse, as `from_pretrained` of the right class does.
 
@@ -154,6 +156,7 @@ def load(
         dtype: Dtype of the weights, such as `"bfloat16"`; indices stay int32. Default: the checkpoint's.
         task: `causal-lm`, `masked-lm`, `sequence-classification` or `sentence-embedding`; by default the class that
             the checkpoint was saved from.
+        trust_remote_code: Run the Python code that comes with the checkpoint, where transformers has none for it.
 
     Returns:
         The model in evaluation mode.
@@ -163,13 +166,16 @@ def load(
     """
     import transformers
 
-    import sparsify  # noqa: F401 -- registers the format
+    from sparsify.checkpoint.quantizer import register
 
-    folder = check_source(path)
+    register()
+    folder = check_source(path, trust_remote_code)
     model_class = _model_class(_read_config(folder), task)
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
     if device is not None and str(device) != "cpu":
         options["device_map"] = device if str(device) == "auto" else {"": device}
+    if trust_remote_code and model_class.startswith("Auto"):
+        options["trust_remote_code"] = True
     try:
         return getattr(transformers, model_class).from_pretrained(folder, **options)
     except (OSError, RuntimeError, ValueError) as error:
@@ -177,11 +183,12 @@ def load(
         raise CheckpointError(f"cannot load {path} as {model_class}: {reason}") from error
 
 
-def load_processor(path: str | Path) -> Any:
+def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer, image processor, feature extractor or combined processor of a checkpoint.
 
     Args:
         path: A folder, or a name on the Hub.
+        trust_remote_code: Run the Python code that comes with the checkpoint, where transformers has none for it.
 
     Returns:
         Whatever `save_pretrained` of that object can write again; `None` if the checkpoint has none.
@@ -201,7 +208,7 @@ def load_processor(path: str | Path) -> Any:
     for file, loader in candidates:
         if (folder / file).is_file():
             try:
-                return getattr(transformers, loader).from_pretrained(folder)
+                return getattr(transformers, loader).from_pretrained(folder, trust_remote_code=trust_remote_code)
             except (OSError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise CheckpointError(f"cannot load the {loader[4:].lower()} of {path}: {reason}") from error
@@ -260,7 +267,8 @@ def _model_class(config: Mapping[str, Any], task: str | None) -> str:
             raise CheckpointError(f"unknown task {task!r}: expected one of auto, {', '.join(TASKS)}")
         return TASKS[task]
     names = config.get("architectures") or []
-    return next((name for name in names if hasattr(transformers, name)), "AutoModel")
+    own_code = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
+    return next((name for name in [*names, *own_code] if hasattr(transformers, name)), "AutoModel")
 
 
 def _natural(name: str) -> list[Any]:

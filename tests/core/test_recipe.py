@@ -12,7 +12,12 @@ from sparsify.errors import ConfigError
 from sparsify.recipe import FinetuneStage, PruneStage, Recipe
 from sparsify.recipe_file import packaged
 
-MINIMAL = {"version": 1, "model": "dense", "out": "sparse", "stages": [{"stage": "prune"}, {"stage": "convert"}]}
+MINIMAL = {
+    "version": 1,
+    "model": "dense",
+    "out": "sparse",
+    "stages": [{"stage": "prune"}, {"stage": "convert"}],
+}
 FULL = """\
 # A recipe for tests.
 version: 1
@@ -80,7 +85,9 @@ def test_yaml_round_trip_is_equal(tmp_path):
 
 
 def test_all_faults_at_once_with_line_and_suggestion(tmp_path):
-    text = FULL.replace("model: dense", "modle: dense").replace("sparsity: 0.5", "sparsty: 0.5\n    sparsity: 1.0")
+    text = FULL.replace("model: dense", "modle: dense").replace(
+        "sparsity: 0.5", "sparsty: 0.5\n    sparsity: 1.0"
+    )
     text = text.replace("128x16", "48").replace("- stage: report", "- stage: reprot")
     with pytest.raises(ConfigError) as caught:
         Recipe.load(write(tmp_path, text))
@@ -112,7 +119,9 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path):
         ({"options": {"nrom": "l2"}}, "has no option 'nrom': did you mean 'norm'"),
         ({"sparsty": 0.5}, "stages.0.sparsty: unknown key; did you mean 'sparsity'?"),
     ],
-    ids=lambda value: next(iter(value)) + "=" + str(next(iter(value.values()))) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        next(iter(value)) + "=" + str(next(iter(value.values()))) if isinstance(value, dict) else ""
+    ),
 )
 def test_refuses_a_bad_pruning_value(keys, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -131,10 +140,20 @@ def test_refuses_a_bad_pruning_value(keys, message):
         (["prune", {"stage": "finetune", "steps": 1}], "finetune needs data.train"),
         (["prune", {"stage": "finetune"}], "needs exactly one of `steps` and `epochs`"),
         ([{"stage": "finetune", "steps": 1, "heal": "packed"}], "there are no blocks to pack yet"),
-        (["prune", "convert", {"stage": "finetune", "steps": 1, "heal": "masked"}], "cannot be trained under a mask"),
-        ([{"stage": "finetune", "steps": 1, "heal": "packed", "pruner": {}}], "searches the mask and cannot heal"),
         (
-            ["prune", {"stage": "finetune", "steps": 1, "heal": "packed"}, {"stage": "convert", "format": "dense"}],
+            ["prune", "convert", {"stage": "finetune", "steps": 1, "heal": "masked"}],
+            "cannot be trained under a mask",
+        ),
+        (
+            [{"stage": "finetune", "steps": 1, "heal": "packed", "pruner": {}}],
+            "searches the mask and cannot heal",
+        ),
+        (
+            [
+                "prune",
+                {"stage": "finetune", "steps": 1, "heal": "packed"},
+                {"stage": "convert", "format": "dense"},
+            ],
             "a later stage converts to dense weights",
         ),
         ([{}], "a stage needs a `stage:` key"),
@@ -153,7 +172,12 @@ def test_refuses_stages_that_do_not_fit_together(stages, message):
 def test_overrides_by_path_stage_name_and_new_section():
     recipe = Recipe.from_dict(
         MINIMAL,
-        overrides=["stages.0.sparsity=0.6", "prune.scope=layer", "data.train.path=a.txt", "prune.options.norm=l1"],
+        overrides=[
+            "stages.0.sparsity=0.6",
+            "prune.scope=layer",
+            "data.train.path=a.txt",
+            "prune.options.norm=l1",
+        ],
         values={"model": "other", "out": None},
     )
     prune = prune_stage(recipe)

@@ -1,0 +1,327 @@
+"""The Python interface: prune a model in memory, save and load it, or run a whole recipe.
+
+Everything here is also exported by the package itself (`sparsify.prune`, `sparsify.save`, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from sparsify.blocks import BlockMask, BlockShape
+from sparsify.errors import ConfigError
+from sparsify.recipe import Pruning, Recipe
+from sparsify.recipe_faults import describe, from_pydantic
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from sparsify.data import Source
+    from sparsify.pipeline import RunResult
+    from sparsify.progress import Progress
+    from sparsify.targets import KeptDense
+
+Scope = Literal["global", "layer", "row"]
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` did. Printing it gives a table of the layers.
+
+    Attributes:
+        masks: Mask of each pruned weight matrix by name, `keep` `(R, C)` bool on the CPU.
+        kept_dense: Layers that stay dense, and why.
+    """
+
+    masks: dict[str, BlockMask]
+    kept_dense: list[KeptDense]
+
+    @property
+    def density(self) -> dict[str, float]:
+        """Share of elements kept, 0 to 1, of each pruned weight matrix by name."""
+        return {name: mask.density for name, mask in self.masks.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of elements removed, 0 to 1, over all pruned weight matrices."""
+        kept = sum(mask.elements_kept for mask in self.masks.values())
+        return 1 - kept / sum(mask.shape[0] * mask.shape[1] for mask in self.masks.values())
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in [*self.masks, *(kept.name for kept in self.kept_dense)])
+        lines = [
+            f"{name:{width}}  {mask.shape[0]:>6} x {mask.shape[1]:<6}  {mask.block!s:>7}  density {mask.density:.3f}"
+            for name, mask in self.masks.items()
+        ]
+        lines += [f"{kept.name:{width}}  dense: {kept.reason}" for kept in self.kept_dense]
+        return "\n".join([*lines, f"{len(self.masks)} weights, {self.sparsity:.1%} removed"])
+
+
+def prune(
+    model: nn.Module,
+    *,
+    method: str = "magnitude",
+    block: BlockShape | str | int | tuple[int, int] = "64x64",
+    sparsity: float = 0.5,
+    scope: Scope = "global",
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    floor: float = 0.0,
+    ceiling: float = 1.0,
+    convert: bool = True,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Prunes a model in blocks, in place.
+
+    Args:
+        model: A transformers model, or any module if `convert` is false. Its weights change.
+        method: `magnitude`, another name that `sparsify pruners` lists, or `package.module:Class`.
+        block: Block shape as `(out, in)` features, such as `"64x64"`; each side a power of two from 8 to 256.
+        sparsity: Share of the selected weights' elements to remove, at least 0 and below 1; met within one block.
+        scope: `global` (one budget), `layer` (each layer the same share), `row` (each block row the same share).
+        targets: Layers to prune: exact module names, `re:` patterns or class names. Default: every linear layer,
+            Conv1D and fused expert of the model's repeated blocks.
+        ignore: Layers to leave dense, named in the same three ways.
+        floor: Smallest density a single layer may get, 0 to 1.
+        ceiling: Largest density a single layer may get, 0 to 1.
+        convert: Swap the layers for block-sparse ones at once. If false, removed blocks are zeros in dense weights,
+            and training should hold them there (`sparsify.masking.mask_model(model, result.masks)`).
+        calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
+        **options: Options of the pruner, such as `norm="l1"` of `magnitude`.
+
+    Returns:
+        Masks, densities, and what stayed dense and why.
+
+    Raises:
+        BlockShapeError: If the block shape is not supported.
+        ConfigError: If another argument is wrong; all faults at once.
+        TargetError: If a pattern matches nothing, or nothing can be pruned.
+        PrunerError: If the pruner is unknown, or a weight or score is not finite. The model is unchanged then.
+    """
+    from sparsify.layers import swap
+    from sparsify.pruner import create_pruner
+    from sparsify.stages.prune import budget, prepare, prune_layers
+    from sparsify.targets import select
+
+    shape = BlockShape.parse(block)
+    create_pruner(method, **options)
+    settings = _settings(
+        method=method,
+        options=options,
+        block=shape,
+        sparsity=sparsity,
+        scope=scope,
+        floor=floor,
+        ceiling=ceiling,
+        targets=targets,
+        ignore=ignore,
+    )
+    limits = budget(settings)
+    statistics: dict[str, dict[str, Tensor]] = {}
+    if calibration is not None:
+        from sparsify.calibration import collect_statistics
+
+        layers = select(model, shape, settings.targets, settings.ignore).layers
+        device = next(model.parameters()).device
+        collect_statistics(model, layers, create_pruner(method, **options), calibration, device)
+        statistics = {layer.name: layer.statistics for layer in layers}
+    pruner, selection = prepare(model, settings, statistics)
+    masks = prune_layers(pruner, selection.layers, limits)
+    if convert:
+        swap.convert(model, masks)
+        _attach(model)
+    return PruneResult(masks, selection.dense)
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    task: str | None = None,
+) -> PreTrainedModel:
+    """Loads a checkpoint, block-sparse or dense; the same as the right `AutoModel...from_pretrained`.
+
+    Args:
+        path: A folder, or a name on the Hub.
+        device: Where to put the model; `"auto"` spreads it over devices. Default: the CPU.
+        dtype: Dtype of the weights. Default: the checkpoint's.
+        task: `causal-lm`, `masked-lm`, `sequence-classification` or `sentence-embedding`; by default the class that
+            the checkpoint was saved from.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, damaged, unsafe, or does not fit the task.
+    """
+    from sparsify.checkpoint import reader
+
+    return reader.load(path, device, dtype, task)
+
+
+def save(model: PreTrainedModel, out: str | Path, *, processor: Any = None, force: bool = False) -> Path:
+    """Writes a model, with block-sparse layers or without, as a checkpoint folder; all of it or nothing.
+
+    Args:
+        model: A transformers model.
+        out: Folder to write; it must not exist.
+        processor: Tokenizer, image processor or feature extractor to save beside the weights.
+        force: Replace an existing checkpoint in `out`; the old one stays until the new one is complete.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        OutputError: If `out` exists, cannot be written, or does not fit on its disk.
+        ConfigError: If `model` is not a transformers model.
+    """
+    from sparsify.checkpoint import writer
+
+    return writer.save(model, out, processor=processor, force=force)
+
+
+def densify(path: str | Path, out: str | Path, *, force: bool = False) -> Path:
+    """Writes the ordinary dense checkpoint that a block-sparse one stands for, for any runtime.
+
+    Kept weights are bit-identical, removed ones are zero.
+
+    Args:
+        path: Block-sparse checkpoint: a folder, or a name on the Hub.
+        out: Folder to write; it must not exist.
+        force: Replace an existing checkpoint in `out`.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        CheckpointError: If `path` cannot be read or is dense already.
+        OutputError: If `out` exists, cannot be written, or does not fit on its disk.
+    """
+    from sparsify.checkpoint.densify import densify as write_dense
+
+    return write_dense(path, out, force=force)
+
+
+def run(
+    recipe: Recipe | str | Path,
+    *,
+    model: str | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Runs a recipe: its stages in order, then one checkpoint with recipe and report beside the weights.
+
+    Args:
+        recipe: A `Recipe`, the path of a YAML file, or the name of a packaged recipe.
+        model: Checkpoint to compress, instead of the recipe's.
+        out: Folder to write, instead of the recipe's.
+        overrides: `key=value` settings, such as `prune.sparsity=0.6`.
+        force: Replace an existing checkpoint in `out`, and start over if a run was interrupted.
+        resume: Go on where an interrupted run of the same recipe stopped.
+        progress: Told about the stages.
+
+    Returns:
+        The folder written, the report and the model. Printing it gives the table of measurements.
+
+    Raises:
+        SparsifyError: A child of it for whatever the user can put right; nothing is written then.
+    """
+    from sparsify import pipeline
+
+    values = {"model": model, "out": str(out) if out is not None else None}
+    if isinstance(recipe, Recipe):
+        ready = Recipe.from_dict(recipe.model_dump(mode="json", exclude_none=True), overrides, values)
+    else:
+        ready = Recipe.load(recipe, overrides, values)
+    return pipeline.run(ready, force=force, resume=resume, progress=progress)
+
+
+def evaluate(
+    path: str | Path,
+    data: Source | None = None,
+    *,
+    against: str | Path | None = None,
+    task: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    latency_tokens: Sequence[int] = (1, 256),
+    batch: int = 8,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures a checkpoint, or two side by side.
+
+    Args:
+        path: A checkpoint, block-sparse or dense.
+        data: Held-out data, such as `sparsify.data.DataSpec(path="held_out.txt")`; without it quality is left out.
+        against: A second checkpoint; the latencies of both are measured in turns.
+        task: `auto`, `causal-lm`, `masked-lm`, `sequence-classification` or `sentence-embedding`.
+        device: `auto` (a GPU if there is one) or any torch device.
+        dtype: `auto` (each checkpoint's own) or a torch dtype's name.
+        latency_tokens: Token counts of one forward pass of one sequence.
+        batch: Samples in one forward pass of the quality measurement.
+        trust_remote_code: Run the Python code that a checkpoint brings with it.
+        progress: Told about every batch.
+
+    Returns:
+        `task`, `columns` (by label; see `sparsify.stages.evaluate.evaluate_models`), `paths` (by label), `notes`
+        (what could not be measured) and `environment`.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be loaded.
+        DataError: If the data cannot be read.
+        ConfigError: If the model is of no task that can be scored.
+    """
+    from sparsify import data as data_files
+    from sparsify.checkpoint import reader
+    from sparsify.layers.swap import sparse_modules
+    from sparsify.measure import environment
+    from sparsify.plan import resolve_device, resolve_task
+    from sparsify.progress import Progress
+    from sparsify.stages.evaluate import evaluate_models
+
+    progress = progress or Progress()
+    if data is not None:
+        data_files.check(data)
+    place = resolve_device(device)
+    models: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    for source in (path,) if against is None else (against, path):
+        with progress.task(f"loading {source}"):
+            precision = None if dtype == "auto" else dtype
+            model = reader.load(source, place, precision, None if task == "auto" else task, trust_remote_code)
+        kind = "sparse" if sparse_modules(model) else "dense"
+        label = kind if kind not in models else f"{kind}: {Path(source).name}"
+        models[label], paths[label] = model, str(source)
+    meant = resolve_task(task, str(path), type(next(iter(models.values()))).__name__)
+    processor = reader.load_processor(path, trust_remote_code)
+    columns, notes = evaluate_models(
+        models, processor, data, meant, latency_tokens=latency_tokens, batch=batch, progress=progress
+    )
+    return {"task": meant, "columns": columns, "paths": paths, "notes": notes, "environment": environment()}
+
+
+def _settings(**values: Any) -> Pruning:
+    values = {
+        key: list(value) if isinstance(value, (list, tuple)) else value for key, value in values.items()
+    }
+    try:
+        return Pruning(**values)
+    except ValidationError as error:
+        raise ConfigError(describe(from_pydantic(error, Pruning), None)) from error
+
+
+def _attach(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    from sparsify.checkpoint.quantizer import attach
+
+    if isinstance(model, PreTrainedModel):
+        attach(model)

@@ -1,0 +1,124 @@
+"""What the verbs print: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from sparsify.progress import Advance, Progress
+
+
+def out() -> Console:
+    """The console for results."""
+    return Console(highlight=False)
+
+
+def err() -> Console:
+    """The console for progress, notes and errors."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """Prints one JSON document, the only thing on stdout."""
+    print(json.dumps(document, indent=2, default=str))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Prints a table: text columns first, numbers to the right."""
+    rows = [list(row) for row in rows]
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        numeric = index > 0 and all(row[index][:1].isdigit() or row[index] == "-" for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = out()
+    # Into a file or a pipe a table goes at its own width, whatever the terminal's.
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.width, _needed(header, rows)))
+    console.print(table)
+
+
+def say(text: str) -> None:
+    """Prints a line of a result as it is."""
+    out().print(text, markup=False, soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes in words: `12.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class RichProgress(Progress):
+    """Stages and notes as lines, tasks as bars, all on stderr."""
+
+    def __init__(self) -> None:
+        self._console = err()
+
+    def stage(self, index: int, count: int, name: str) -> None:
+        """Prints the stage's position and name."""
+        self._console.print(f"[bold]stage {index + 1} of {count}: {name}[/bold]")
+
+    def note(self, text: str) -> None:
+        """Prints the note."""
+        self._console.print(f"note: {escape(text)}")
+
+    @contextmanager
+    def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
+        """Shows a bar, or a spinner while the total is unknown, until the task ends; only on a terminal."""
+        if not self._console.is_terminal:
+            with super().task(label, total) as advance:
+                yield advance
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Bars(*columns, console=self._console, transient=True) as bars:
+            bar = bars.add_task(label, total=total, text="")
+
+            def advance(count: float = 1, *, total: float | None = None, text: str = "") -> None:
+                if total is not None:
+                    bars.update(bar, total=total)
+                if text:
+                    bars.update(bar, text=escape(text))
+                bars.advance(bar, count)
+
+            yield advance
+
+
+def quiet_transformers() -> None:
+    """Leaves progress and warnings to us: transformers would write its own bars between ours."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    disable_progress_bar()
+
+
+def absolute(path: Path) -> str:
+    """A path as the user can copy it."""
+    return str(path.expanduser().resolve())
+
+
+def _needed(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    return sum(widths) + 3 * len(widths) + 1

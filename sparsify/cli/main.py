@@ -1,0 +1,97 @@
+"""The command `sparsify`: its verbs, and how errors end it.
+
+Exit codes: 0 done; 2 something the user can put right, told in one line; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+import sparsify
+from sparsify.cli import console
+from sparsify.cli.densify import densify
+from sparsify.cli.eval import evaluate
+from sparsify.cli.inspect import inspect
+from sparsify.cli.prune import prune
+from sparsify.cli.pruners import pruners
+from sparsify.cli.recipe import app as recipe_app
+from sparsify.cli.run import run
+from sparsify.errors import SparsifyError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class _Verbs(TyperGroup):
+    """Turns our errors into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SparsifyError as error:
+            console.err().print(f"[bold red]error:[/bold red] {escape(str(error))}")
+            raise typer.Exit(USER_ERROR) from error
+        except KeyboardInterrupt as error:
+            console.err().print(escape(str(error) or "interrupted"))
+            raise typer.Exit(INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Turn a dense Hugging Face checkpoint into a smaller, faster block-sparse one.",
+    epilog="Example: sparsify prune path/to/model --out path/to/sparse --block 64x64 --sparsity 0.5",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sparsify {sparsify.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _example(command: str) -> str:
+    return f"Example: {command}"
+
+
+app.command(
+    "run",
+    epilog=_example(
+        "sparsify run magnitude_oneshot --model path/to/model --out path/to/sparse --set prune.sparsity=0.6"
+    ),
+)(run)
+app.command(
+    "prune",
+    epilog=_example(
+        "sparsify prune path/to/model --out path/to/sparse --method magnitude --block 64x64 --sparsity 0.5"
+    ),
+)(prune)
+app.command("inspect", epilog=_example("sparsify inspect path/to/sparse --json"))(inspect)
+app.command(
+    "eval", epilog=_example("sparsify eval path/to/sparse --data held_out.txt --against path/to/model")
+)(evaluate)
+app.command("densify", epilog=_example("sparsify densify path/to/sparse --out path/to/dense"))(densify)
+app.command("pruners", epilog=_example("sparsify pruners"))(pruners)
+app.add_typer(recipe_app, name="recipe")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="sparsify")

@@ -1,0 +1,78 @@
+"""`sparsify prune`: one pruning without a recipe file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparsify.cli import options
+from sparsify.cli.running import run_recipe
+
+
+def prune(
+    model: options.Model,
+    out: options.Out,
+    method: Annotated[
+        str, typer.Option("--method", help="A pruner (see `sparsify pruners`) or package.module:Class.")
+    ] = "magnitude",
+    block: Annotated[
+        str, typer.Option("--block", help="Block shape, OUTxIN; powers of two from 8 to 256.")
+    ] = "64x64",
+    sparsity: Annotated[
+        float, typer.Option("--sparsity", help="Share of the weights to remove, 0 to 1.")
+    ] = 0.5,
+    scope: Annotated[
+        str, typer.Option("--scope", help="Budget: global, layer, or row (balanced block rows).")
+    ] = "global",
+    floor: Annotated[float, typer.Option("--floor", help="Smallest density a layer may get.")] = 0.0,
+    ceiling: Annotated[float, typer.Option("--ceiling", help="Largest density a layer may get.")] = 1.0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", help="Layers to prune: exact name, re:PATTERN or class name; may be repeated."
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="Layers to leave dense, named in the same ways.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="Option of the pruner; may be repeated.", metavar="KEY=VALUE"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Calibration data, for pruners that look at layer inputs.")
+    ] = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    task: options.Task = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Prune a checkpoint once and write it block-sparse, without training."""
+    from sparsify.recipe import Recipe
+
+    pruning = {
+        "method": method,
+        "block": block,
+        "sparsity": sparsity,
+        "scope": scope,
+        "floor": floor,
+        "ceiling": ceiling,
+        "targets": target or None,
+        "ignore": ignore or None,
+    }
+    recipe = Recipe.oneshot(
+        pruning,
+        option or (),
+        data,
+        model=model,
+        out=str(out),
+        device=device,
+        dtype=dtype,
+        task=task,
+        trust_remote_code=trust_remote_code,
+    )
+    run_recipe(recipe, force=force, resume=False, dry_run=dry_run, as_json=json)

@@ -1,0 +1,231 @@
+"""Running a recipe: checks first, then the stages in order, then one checkpoint, whole or not at all.
+
+What finished stages left is kept in a work folder beside the output (see `sparsify.workfolder`), so that an
+interrupted run goes on after the last finished stage, and in the middle of a `finetune` stage from the Trainer's last
+checkpoint. Every stage starts from its own seed, so a resumed run writes the same bytes as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify import measure
+from sparsify.checkpoint import reader, writer
+from sparsify.checkpoint.format import REPORT_FILE
+from sparsify.errors import OutputError
+from sparsify.plan import Plan, make_plan, resolve_device, writes
+from sparsify.progress import Progress
+from sparsify.recipe import Recipe
+from sparsify.stages import State, run_stage
+from sparsify.stages.convert import pack
+from sparsify.stages.prune import restore_masks
+from sparsify.targets import KeptDense
+from sparsify.workfolder import WorkFolder, last_trainer_checkpoint, replace_text
+
+# Recipes without these stages are over so soon that a work folder would cost more than it saves.
+LONG_STAGES = {"calibrate", "finetune", "evaluate"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; its text says what is left and how to go on."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        out: The checkpoint's folder; `None` if the recipe writes none.
+        report: The report (see `sparsify.stages.report.build`); `None` without a `report` stage.
+        model: The model as it was saved, in memory.
+        processor: Its tokenizer or image processor, if it has one.
+    """
+
+    out: Path | None
+    report: dict[str, Any] | None
+    model: Any
+    processor: Any
+
+    def __str__(self) -> str:
+        from sparsify.stages.report import as_text
+
+        lines = [as_text(self.report["columns"])] if self.report and self.report["columns"] else []
+        return "\n".join([*lines, f"written to {self.out}" if self.out else "nothing was written"])
+
+
+def run(
+    recipe: Recipe, *, force: bool = False, resume: bool = False, progress: Progress | None = None
+) -> RunResult:
+    """Runs a recipe to the end.
+
+    Args:
+        recipe: The recipe, with `model` and `out` set.
+        force: Replace an existing checkpoint in `out`, and drop what an interrupted run left.
+        resume: Go on where an interrupted run of the same recipe stopped.
+        progress: Told about every stage.
+
+    Raises:
+        SparsifyError: A child of it for whatever the user can put right; see `make_plan`. Nothing is written then.
+        Interrupted: On Ctrl-C; `out` is untouched.
+    """
+    progress = progress or Progress()
+    plan = make_plan(recipe, force=force)
+    work = _work_folder(recipe, force, resume)
+    if work is not None and resume and not work.exists:
+        progress.note("nothing to resume: starting from the beginning")
+    try:
+        return _Run(recipe, plan, work, progress).run(force)
+    except KeyboardInterrupt:
+        raise Interrupted(_how_to_go_on(work)) from None
+
+
+def _work_folder(recipe: Recipe, force: bool, resume: bool) -> WorkFolder | None:
+    if (
+        recipe.out is None
+        or not writes(recipe)
+        or LONG_STAGES.isdisjoint(stage.stage for stage in recipe.stages)
+    ):
+        return None
+    work = WorkFolder(Path(recipe.out).expanduser().resolve(), recipe)
+    if work.exists and not resume and not force:
+        raise OutputError(
+            f"{work.path} is left from an interrupted run: go on with --resume, or start over with --force"
+        )
+    if not (resume and work.exists):
+        work.remove()
+    return work
+
+
+def _how_to_go_on(work: WorkFolder | None) -> str:
+    if work is None:
+        return "interrupted: nothing was written"
+    if not work.exists:
+        work.remove()
+        return "interrupted before the first stage had finished: nothing was written"
+    return f"interrupted: finished work is kept in {work.path}; run the same command with --resume to go on"
+
+
+class _Run:
+    """One run: its state, and what of it is on the disk."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, work: WorkFolder | None, progress: Progress) -> None:
+        self.recipe, self.plan, self.work, self.progress = recipe, plan, work, progress
+        self.saved: dict[str, Any] = work.read() if work is not None else {}
+        self.finished: int = self.saved.get("finished", 0)
+        # Statistics are not stored: a resumed run collects them again.
+        while self.finished and recipe.stages[self.finished - 1].stage == "calibrate":
+            self.finished -= 1
+        self.state = self._start()
+
+    def run(self, force: bool) -> RunResult:
+        """The stages that are not finished yet, then the output."""
+        state, stages = self.state, self.recipe.stages
+        for index in range(self.finished, len(stages)):
+            stage = stages[index]
+            state.index = index
+            self._prepare_training(stage.stage)
+            torch.manual_seed(self.recipe.seed + index)
+            self.progress.stage(index, len(stages), stage.stage)
+            run_stage(stage, state)
+            self.finished = index + 1
+            self._keep()
+        out = self._write(force) if writes(self.recipe) else None
+        if self.work is not None:
+            self.work.remove()
+        return RunResult(out, state.report, state.model, state.processor)
+
+    def _start(self) -> State:
+        """The state before the first stage to run, from the source or from what an earlier run left."""
+        recipe, saved = self.recipe, self.saved
+        assert recipe.model is not None
+        device = resolve_device(recipe.device)
+        source = (
+            str(self.work.path / saved["weights"]) if self.work and saved.get("weights") else recipe.model
+        )
+        dtype = None if recipe.dtype == "auto" else recipe.dtype
+        task = None if recipe.task == "auto" else recipe.task
+        with self.progress.task(f"loading {recipe.model}"):
+            model = reader.load(source, device, dtype, task, recipe.trust_remote_code)
+            reader.check_weights(model)
+            processor = reader.load_processor(recipe.model, recipe.trust_remote_code)
+        state = State(
+            recipe, model, processor, self.plan.task, device, self.progress, keep=self._keep_before_training
+        )
+        for key in ("columns", "history", "notes", "choices", "trained"):
+            if key in saved:
+                setattr(state, key, saved[key])
+        state.kept_dense = [
+            KeptDense(e["name"], tuple(e["shape"]), e["reason"]) for e in saved.get("kept_dense", [])
+        ]
+        if self.work and saved.get("masks"):
+            state.masks = self.work.read_masks(saved["masks"])
+            if not state.packed:
+                restore_masks(model, state.masks)
+                if saved["packed"]:
+                    pack(state)
+        return state
+
+    def _prepare_training(self, stage: str) -> None:
+        if stage != "finetune" or self.work is None:
+            return
+        self.state.trainer_folder = self.work.trainer_folder(self.state.index)
+        self.state.resume = last_trainer_checkpoint(self.state.trainer_folder)
+        if self.state.resume is not None:
+            step = self.state.resume.name.removeprefix("checkpoint-")
+            self.progress.note(f"going on from step {step} of the finetune stage")
+
+    def _keep_before_training(self) -> None:
+        self._keep(training=True)
+
+    def _keep(self, training: bool = False) -> None:
+        """Stores the state after the last finished stage, or in a stage that is about to train."""
+        if self.work is None:
+            return
+        state, label = self.state, f"{self.finished}{'t' if training else ''}"
+        weights, masks = self.saved.get("weights"), self.saved.get("masks")
+        if state.changed:
+            weights = f"{label}-weights"
+            self.work.create()
+            writer.save(state.model, self.work.path / weights, force=True)
+            state.changed = False
+        if state.masks:
+            masks = f"{label}-masks.safetensors"
+            self.work.write_masks(masks, state.masks)
+        self.saved = {
+            "finished": self.finished,
+            "weights": weights,
+            "masks": masks,
+            "packed": state.packed,
+            "trainer": self.work.trainer_folder(state.index).name if training else None,
+            "columns": state.columns,
+            "history": state.history,
+            "notes": state.notes,
+            "choices": state.choices,
+            "trained": state.trained,
+            "kept_dense": [asdict(kept) for kept in state.kept_dense],
+        }
+        self.work.write(self.saved)
+
+    def _write(self, force: bool) -> Path:
+        """Writes the checkpoint with recipe and report, then puts the files' real sizes into the report."""
+        state, recipe = self.state, self.recipe
+        assert recipe.out is not None
+        with self.progress.task(f"writing {recipe.out}"):
+            out = writer.save(
+                state.model,
+                recipe.out,
+                processor=state.processor,
+                recipe=recipe.to_yaml(),
+                report=state.report,
+                force=force,
+            )
+        if state.report is not None:
+            state.report["out"] = str(recipe.out)
+            state.report["totals"]["bytes"] = measure.bytes_on_disk(out)
+            replace_text(out / REPORT_FILE, json.dumps(state.report, indent=2) + "\n")
+        return out

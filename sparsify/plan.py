@@ -1,0 +1,284 @@
+"""What a recipe is going to do, worked out before any weight is loaded; a dry run and a real one check the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify import data
+from sparsify.checkpoint import reader, writer
+from sparsify.errors import CheckpointError, ConfigError, OutputError
+from sparsify.pruner import PrunableLayer
+from sparsify.recipe import (
+    CalibrateStage,
+    ConvertStage,
+    EvaluateStage,
+    FinetuneStage,
+    PruneStage,
+    Pruning,
+    Recipe,
+)
+from sparsify.targets import KeptDense, select
+
+# A Trainer's checkpoint holds float32 weights and AdamW's two moments; while a new one is written, the old one stays.
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+CHECKPOINTS_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One weight matrix that will be pruned, `shape` `(N, K)` on a `grid` of blocks."""
+
+    name: str
+    shape: tuple[int, int]
+    block: str
+    grid: tuple[int, int]
+
+
+@dataclass
+class Plan:
+    """What will happen.
+
+    Attributes:
+        model: The source checkpoint.
+        architecture: Class of the model.
+        task: Its task; `None` if it is of none that can be trained or scored.
+        out: The output folder, if the recipe writes one.
+        stages: One line for each stage.
+        layers: What will be pruned; of the last pruning, if there are several.
+        sparsity: Share of these layers' weights that will be removed.
+        scope: How that share is spread over layers.
+        kept_dense: Layers that stay dense, and why.
+        bytes_dense: Bytes of the dense weights.
+        bytes_out: Estimated bytes of the weights to be written.
+        bytes_work: Estimated bytes of the work folder while the run goes on.
+    """
+
+    model: str
+    architecture: str
+    task: str | None
+    out: str | None
+    stages: list[str]
+    layers: list[PlannedLayer] = field(default_factory=list)
+    sparsity: float = 0.0
+    scope: str = "global"
+    kept_dense: list[KeptDense] = field(default_factory=list)
+    bytes_dense: int = 0
+    bytes_out: int = 0
+    bytes_work: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
+    """Checks everything about a recipe that can be checked without loading weights.
+
+    A local checkpoint's files are checked for completeness by their headers; of a model on the Hub only the config
+    is fetched.
+
+    Args:
+        recipe: The recipe.
+        force: Whether an existing checkpoint in the output folder may be replaced.
+
+    Raises:
+        ConfigError: If the recipe lacks a model or an output folder, or names an unusable device.
+        CheckpointError: If the model's files are missing, damaged or unsafe.
+        TargetError: If a pattern matches nothing, or nothing can be pruned.
+        DataError: If a local data file is missing or empty.
+        OutputError: If the output folder exists, cannot be written, or does not fit on its disk.
+    """
+    if recipe.model is None:
+        raise ConfigError("the recipe names no model: give --model, or `model:` in the recipe")
+    if writes(recipe) and recipe.out is None:
+        raise ConfigError("the recipe names no output folder: give --out, or `out:` in the recipe")
+    if recipe.out is not None:
+        writer.check_output(recipe.out, force, 0)
+        _refuse_own_folder(recipe)
+    resolve_device(recipe.device)
+    for spec in used_data(recipe):
+        data.check(spec)
+    if Path(recipe.model).expanduser().exists() or recipe.model.startswith(("/", ".", "~")):
+        reader.check_source(recipe.model, recipe.trust_remote_code)
+    model = skeleton(recipe)
+    plan = Plan(
+        model=recipe.model,
+        architecture=type(model).__name__,
+        task=resolve_task(recipe.task, recipe.model, type(model).__name__),
+        out=recipe.out,
+        stages=[describe(stage) for stage in recipe.stages],
+        bytes_dense=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+    )
+    _needs_task(recipe, plan)
+    removed = _plan_layers(recipe, model, plan)
+    converts = any(_packs(stage) for stage in recipe.stages)
+    plan.bytes_out = plan.bytes_dense - (removed if converts else 0)
+    if any(isinstance(stage, FinetuneStage) for stage in recipe.stages):
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        trainer = CHECKPOINTS_AT_ONCE * CHECKPOINT_BYTES_PER_PARAMETER * parameters
+        plan.bytes_work = trainer + plan.bytes_dense
+    if recipe.out is not None:
+        writer.check_output(recipe.out, force, plan.bytes_out + plan.bytes_work)
+    return plan
+
+
+def writes(recipe: Recipe) -> bool:
+    """Whether a recipe changes the model, and so has something to write."""
+    return any(stage.stage not in ("evaluate", "report") for stage in recipe.stages)
+
+
+def used_data(recipe: Recipe) -> list[Any]:
+    """The data sources that some stage reads."""
+    kinds = {type(stage) for stage in recipe.stages}
+    used = {
+        FinetuneStage: recipe.data.train,
+        EvaluateStage: recipe.data.eval,
+        CalibrateStage: recipe.data.calibration,
+    }
+    return [spec for kind, spec in used.items() if kind in kinds and spec is not None]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a recipe's `device` means; `auto` is a GPU if there is one.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used: {reason}; try auto, cpu or cuda") from error
+    return device
+
+
+def resolve_task(task: str, model: str, architecture: str) -> str | None:
+    """The task given, or for `auto` the one that the class of the checkpoint `model` is for, if it is for one."""
+    if task != "auto":
+        return task
+    endings = {
+        "ForCausalLM": "causal-lm",
+        "LMHeadModel": "causal-lm",
+        "ForMaskedLM": "masked-lm",
+        "ForSequenceClassification": "sequence-classification",
+    }
+    for ending, meant in endings.items():
+        if architecture.endswith(ending):
+            return meant
+    is_encoder = (Path(model).expanduser() / "modules.json").is_file()  # a sentence-transformers checkpoint
+    return "sentence-embedding" if is_encoder and architecture.endswith("Model") else None
+
+
+def skeleton(recipe: Recipe) -> nn.Module:
+    """The recipe's model on the meta device: every module and shape, no weights.
+
+    Raises:
+        CheckpointError: If the config cannot be read or no class of transformers fits it.
+    """
+    import transformers
+
+    from sparsify.checkpoint.format import QUANT_METHOD
+    from sparsify.checkpoint.quantizer import build
+
+    assert recipe.model is not None
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            recipe.model, trust_remote_code=recipe.trust_remote_code
+        )
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else config.dtype or torch.float32
+        task_class = reader.TASKS.get(recipe.task)
+        named = [name for name in config.architectures or [] if hasattr(transformers, name)]
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None and dict(quantization).get("quant_method") == QUANT_METHOD:
+            return build(config)
+        with torch.device("meta"):
+            if task_class is None and named:
+                return getattr(transformers, named[0])._from_config(config, dtype=dtype)
+            auto = getattr(transformers, task_class or "AutoModel")
+            return auto.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not Path(recipe.model).expanduser().exists():
+            raise CheckpointError(
+                f"{recipe.model} is neither a folder nor a model that the Hub gives us: {reason}"
+            ) from error
+        raise CheckpointError(f"cannot make the model of {recipe.model}: {reason}") from error
+
+
+def describe(stage: Any) -> str:
+    """A stage in one line."""
+    if isinstance(stage, CalibrateStage):
+        return f"calibrate: {stage.samples} samples"
+    if isinstance(stage, PruneStage):
+        return f"prune: {_pruning(stage)}"
+    if isinstance(stage, FinetuneStage):
+        length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        how = f"searching with {_pruning(stage.pruner)}" if stage.pruner else f"healing ({stage.heal})"
+        return f"finetune: {length} of {stage.batch * stage.accumulate} samples, {how}"
+    if isinstance(stage, ConvertStage):
+        return f"convert: {stage.format}"
+    if isinstance(stage, EvaluateStage):
+        return "evaluate" + (f": {stage.label}" if stage.label else "")
+    return stage.stage
+
+
+def _pruning(settings: Pruning) -> str:
+    return f"{settings.method}, {settings.sparsity:.0%} in blocks of {settings.block}, scope {settings.scope}"
+
+
+def _packs(stage: Any) -> bool:
+    if isinstance(stage, ConvertStage):
+        return stage.format == "block_sparse"
+    return isinstance(stage, FinetuneStage) and stage.heal == "packed"
+
+
+def _needs_task(recipe: Recipe, plan: Plan) -> None:
+    needs = [stage.stage for stage in recipe.stages if stage.stage in ("calibrate", "finetune")]
+    if recipe.data.eval is not None:
+        needs += [stage.stage for stage in recipe.stages if stage.stage == "evaluate"]
+    if plan.task is None and needs:
+        raise ConfigError(
+            f"the {needs[0]} stage must know what {plan.architecture} is for: set `task` to causal-lm, masked-lm, "
+            f"sequence-classification or sentence-embedding; models for anything else can be pruned, but not trained "
+            f"or scored here"
+        )
+
+
+def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan) -> int:
+    """Fills in what will be pruned; returns the bytes that packing the last pruning's layers would save."""
+    saved = 0
+    for stage in recipe.stages:
+        settings = stage if isinstance(stage, PruneStage) else getattr(stage, "pruner", None)
+        if settings is None:
+            continue
+        selection = select(model, settings.block, settings.targets, settings.ignore)
+        plan.layers = [
+            PlannedLayer(layer.name, layer.shape, str(layer.block), layer.grid) for layer in selection.layers
+        ]
+        plan.kept_dense = selection.dense
+        plan.sparsity, plan.scope = settings.sparsity, settings.scope
+        saved = sum(_saved_bytes(layer, settings.sparsity) for layer in selection.layers)
+    return saved
+
+
+def _saved_bytes(layer: PrunableLayer, sparsity: float) -> int:
+    """Estimated bytes that packing saves in one layer that loses its average share of blocks."""
+    size = layer.parameter.element_size()
+    rows, cols = layer.grid
+    blocks = round((1 - sparsity) * rows * cols)
+    packed = blocks * (layer.block.numel * size + 4) + 4 * (rows + 1)
+    return layer.shape[0] * layer.shape[1] * size - packed
+
+
+def _refuse_own_folder(recipe: Recipe) -> None:
+    source, out = Path(recipe.model or "").expanduser(), Path(recipe.out or "").expanduser()
+    if source.is_dir() and source.resolve() == out.resolve():
+        raise OutputError(f"{recipe.out} is the model's own folder: choose another output folder")

@@ -1,0 +1,53 @@
+"""Collecting the statistics of layer inputs that the next pruner asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from sparsify.calibration import collect_statistics, needs_calibration
+from sparsify.pruner import create_pruner
+from sparsify.recipe import CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
+from sparsify.stages.state import State
+from sparsify.targets import select
+from sparsify.training.samples import Samples, load_samples
+
+
+def run(stage: CalibrateStage, state: State) -> None:
+    """Runs calibration samples through the model and keeps what the next pruner wants to know of them."""
+    settings = next_pruning(state.recipe, state.index)
+    pruner = create_pruner(settings.method, **settings.options)
+    if not needs_calibration(pruner):
+        state.note(f"calibrate: pruner {settings.method!r} asks for no statistics, nothing to do")
+        return
+    spec = state.recipe.data.calibration
+    assert spec is not None
+    samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
+    layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
+    count = min(stage.samples, len(samples.dataset))
+    with state.progress.task("calibrating", count) as advance:
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            for start in range(0, count, stage.batch):
+                yield batch_of(samples, range(start, min(start + stage.batch, count)))
+                advance(min(stage.batch, count - start))
+
+        collect_statistics(state.model, layers, pruner, batches(), state.device)
+    state.statistics = {layer.name: layer.statistics for layer in layers}
+
+
+def next_pruning(recipe: Recipe, index: int) -> Pruning:
+    """Settings of the first pruning after stage `index`; the schema has made sure that there is one."""
+    for stage in recipe.stages[index + 1 :]:
+        if isinstance(stage, PruneStage):
+            return stage
+        if isinstance(stage, FinetuneStage) and stage.pruner is not None:
+            return stage.pruner
+    raise AssertionError("a calibrate stage without a pruning after it passed validation")
+
+
+def batch_of(samples: Samples, rows: range) -> dict[str, Tensor]:
+    """Inputs of a forward pass, without labels."""
+    batch = samples.collate([samples.dataset[row] for row in rows])
+    return {key: value for key, value in batch.items() if key != "labels"}

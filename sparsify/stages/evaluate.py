@@ -1,0 +1,163 @@
+"""Measuring a model: quality on held-out data, size, memory, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from sparsify import measure, quality
+from sparsify.checkpoint.writer import weight_bytes
+from sparsify.data import Source, causal_blocks, classification_samples, masked_blocks, sentence_pairs
+from sparsify.errors import ConfigError
+from sparsify.progress import Progress
+from sparsify.recipe import EvaluateStage
+from sparsify.stages.state import State
+
+
+def run(stage: EvaluateStage, state: State) -> None:
+    """Adds one column of measurements to the state."""
+    label = stage.label or ("dense" if not state.masks else "recovered" if state.trained else "pruned")
+    spec = state.recipe.data.eval
+    if spec is None:
+        state.note(f"evaluate {label}: the recipe has no data.eval, so quality is not measured")
+    columns, skipped = evaluate_models(
+        {label: state.model},
+        state.processor,
+        spec,
+        state.task,
+        latency_tokens=stage.latency_tokens,
+        batch=stage.batch,
+        seed=state.recipe.seed,
+        progress=state.progress,
+    )
+    for reason in skipped:
+        state.note(f"evaluate {label}: {reason}")
+    state.columns |= columns
+
+
+def evaluate_models(
+    models: Mapping[str, nn.Module],
+    processor: Any,
+    spec: Source | None,
+    task: str | None,
+    *,
+    latency_tokens: Sequence[int] = (1, 256),
+    batch: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Measures models side by side; their latencies are taken in turns.
+
+    Args:
+        models: Models by label, all on one device.
+        processor: Their tokenizer.
+        spec: Held-out data; `None` leaves quality out.
+        task: A recipe's task, not `auto`; `None` for a model of no task that can be scored.
+        latency_tokens: Token counts of one forward pass of one sequence.
+        batch: Samples in one forward pass of the quality measurement.
+        seed: Chooses hidden tokens and the random tokens of the latency measurement.
+        progress: Told about every batch.
+
+    Returns:
+        For each label `quality` (see `sparsify.quality`; only with data), `parameters`, `bytes` (of the weights on
+        disk), `peak_memory` (bytes, a forward pass of the largest token count) and `latency` (seconds by token
+        count); and what could not be measured, in words.
+
+    Raises:
+        ConfigError: If there is data but no task or tokenizer to read it with.
+        DataError: If the data cannot be read.
+    """
+    progress = progress or Progress()
+    columns: dict[str, dict[str, Any]] = {}
+    for label, model in models.items():
+        columns[label] = {"parameters": measure.parameter_count(model), "bytes": weight_bytes(model)}
+        if spec is not None:
+            columns[label]["quality"] = _quality(model, processor, spec, task, batch, seed, label, progress)
+    counts, skipped = _usable_counts(next(iter(models.values())), task, latency_tokens)
+    if counts:
+        with progress.task("measuring latency", len(counts)) as advance:
+            for count in counts:
+                inputs = measure.token_inputs(next(iter(models.values())), count, seed=seed)
+                for label, seconds in measure.compare_latency(models, inputs).items():
+                    columns[label].setdefault("latency", {})[str(count)] = seconds
+                advance()
+        inputs = measure.token_inputs(next(iter(models.values())), max(counts), seed=seed)
+        for label, model in models.items():
+            columns[label]["peak_memory"] = measure.peak_memory_forward(model, inputs)
+    return columns, skipped
+
+
+def _usable_counts(model: nn.Module, task: str | None, counts: Sequence[int]) -> tuple[list[int], list[str]]:
+    """Token counts that the model can take, and why others are left out."""
+    if task is None:
+        return [], [
+            f"{type(model).__name__} is no text model, so latency and peak memory are not measured"
+        ] if counts else []
+    config: Any = model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    usable = [count for count in counts if limit is None or count <= limit]
+    left_out = sorted(set(counts) - set(usable))
+    return usable, [
+        f"latency at {count} tokens is not measured: the model takes {limit}" for count in left_out
+    ]
+
+
+def _quality(
+    model: nn.Module,
+    processor: Any,
+    spec: Source,
+    task: str | None,
+    batch: int,
+    seed: int,
+    label: str,
+    progress: Progress,
+) -> dict[str, float]:
+    if task is None:
+        raise ConfigError(
+            f"{type(model).__name__} is of no task whose quality can be measured (causal-lm, masked-lm, "
+            f"sequence-classification, sentence-embedding); leave out the evaluation data, or set the task"
+        )
+    if not callable(getattr(processor, "encode", None)):
+        raise ConfigError(
+            "the checkpoint has no tokenizer, which evaluation needs; add tokenizer files to its folder"
+        )
+    if task == "causal-lm":
+        dataset = causal_blocks(spec, processor)
+        with _follow(progress, label, len(dataset)) as done:
+            return quality.perplexity(model, dataset, batch=batch, progress=done)
+    if task == "masked-lm":
+        if processor.mask_token_id is None:
+            raise ConfigError("the tokenizer has no mask token, which a masked-lm evaluation needs")
+        dataset = masked_blocks(spec, processor)
+        with _follow(progress, label, len(dataset)) as done:
+            options = {"batch": batch, "seed": seed, "progress": done}
+            return quality.masked_perplexity(model, dataset, processor.mask_token_id, **options)
+    if task == "sequence-classification":
+        config: Any = model.config
+        dataset = classification_samples(spec, processor, config.label2id)
+        with _follow(progress, label, len(dataset)) as done:
+            return quality.accuracy(model, dataset, processor, batch=batch, progress=done)
+    dataset = sentence_pairs(spec)
+    with _follow(progress, label, 2 * len(dataset)) as done:
+        return quality.similarity(model, dataset, processor, batch=batch, length=spec.length, progress=done)
+
+
+class _follow:
+    """Turns counts of samples done into steps of a progress task."""
+
+    def __init__(self, progress: Progress, label: str, total: int) -> None:
+        self._task = progress.task(f"evaluating {label}", total)
+        self._done = 0
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._advance = self._task.__enter__()
+        return self._update
+
+    def __exit__(self, *error: Any) -> None:
+        self._task.__exit__(*error)
+
+    def _update(self, done: int) -> None:
+        self._advance(done - self._done)
+        self._done = done

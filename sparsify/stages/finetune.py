@@ -1,0 +1,87 @@
+"""Training: searching the mask with a pruner, or healing what pruning broke."""
+
+from __future__ import annotations
+
+from sparsify import masking
+from sparsify.recipe import FinetuneStage
+from sparsify.stages.convert import pack
+from sparsify.stages.heal_choice import faster_form
+from sparsify.stages.prune import budget, prepare
+from sparsify.stages.state import State
+from sparsify.training.finetune import train
+from sparsify.training.pruning_callback import PruningCallback
+from sparsify.training.samples import Samples, load_samples
+
+
+def run(stage: FinetuneStage, state: State) -> None:
+    """Trains the model as the stage says; the state is stored before the first step."""
+    spec = state.recipe.data.train
+    assert spec is not None
+    samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
+    if stage.pruner is not None:
+        _search(stage, state, samples)
+    else:
+        _heal(stage, state, samples, spec.length)
+    state.changed = True
+
+
+def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:
+    """Trains dense weights while the pruner shrinks blocks; the exact masks are fixed at the end of its phase."""
+    settings = stage.pruner
+    assert settings is not None
+    pruner, selection = prepare(state.model, settings, state.statistics)
+    state.keep()
+    _train(stage, state, samples, PruningCallback(pruner, selection.layers, budget(settings), settings.until))
+    state.masks = masking.unmask(state.model)
+    state.kept_dense = selection.dense
+    state.statistics = {}
+    state.trained = settings.until < 1
+
+
+def _heal(stage: FinetuneStage, state: State, samples: Samples, length: int) -> None:
+    """Trains kept blocks alone: packed, or in dense weights under the mask."""
+    form = _form(stage, state, stage.batch * length)
+    if form == "packed":
+        pack(state)
+    state.keep()
+    if form == "masked":
+        masking.mask_model(state.model, state.masks, dense_gradient=False)
+    _train(stage, state, samples)
+    if form == "masked":
+        masking.unmask(state.model)
+    state.trained = bool(state.masks)
+
+
+def _form(stage: FinetuneStage, state: State, tokens: int) -> str:
+    """`packed`, `masked`, or `dense` where there is no mask."""
+    if state.packed:
+        return "packed"
+    if not state.masks:
+        return "dense"
+    if stage.heal != "auto":
+        return stage.heal
+    key = f"heal.{state.index}"
+    if key not in state.choices:
+        later = state.recipe.stages[state.index :]
+        if any(other.stage == "convert" and other.format == "dense" for other in later):
+            state.choices[key], reason = "masked", "the result is to be dense"
+        else:
+            with state.progress.task("timing both ways to heal"):
+                state.choices[key], reason = faster_form(state.model, state.masks, tokens)
+        state.note(f"heal: auto trains {state.choices[key]} weights: {reason}")
+    return state.choices[key]
+
+
+def _train(stage: FinetuneStage, state: State, samples: Samples, *callbacks: PruningCallback) -> None:
+    points = train(
+        state.model,
+        samples,
+        stage,
+        state.trainer_folder,
+        seed=state.recipe.seed + state.index,
+        device=state.device,
+        callbacks=callbacks,
+        resume=state.resume,
+        progress=state.progress,
+    )
+    state.history.append({"stage": state.index, "points": points})

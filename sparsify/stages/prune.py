@@ -1,0 +1,102 @@
+"""Scoring blocks once, choosing masks under the budget, and zeroing what they remove."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.allocation import Budget
+from sparsify.blocks import BlockMask, BlockShape
+from sparsify.errors import ConfigError
+from sparsify.layers.kinds import matrices
+from sparsify.progress import Progress
+from sparsify.pruner import PrunableLayer, Pruner, create_pruner
+from sparsify.recipe import PruneStage, Pruning
+from sparsify.stages.state import State
+from sparsify.targets import Selection, select
+
+
+def run(stage: PruneStage, state: State) -> None:
+    """Prunes the model as it stands; statistics of an earlier calibration are used."""
+    pruner, selection = prepare(state.model, stage, state.statistics)
+    compensates = type(pruner).update_weights is not Pruner.update_weights
+    # Masks alone describe what happened, unless the kept weights change or zeros of earlier masks come back.
+    state.changed |= compensates or bool(state.masks)
+    state.masks = prune_layers(pruner, selection.layers, budget(stage), state.progress)
+    state.kept_dense = selection.dense
+    state.statistics = {}
+    state.trained = False
+
+
+def budget(settings: Pruning) -> Budget:
+    """The budget that pruning settings describe."""
+    return Budget(settings.sparsity, settings.scope, settings.floor, settings.ceiling)
+
+
+def prepare(
+    model: nn.Module, settings: Pruning, statistics: Mapping[str, dict[str, Tensor]] | None = None
+) -> tuple[Pruner, Selection]:
+    """Makes the pruner and selects its layers, each with the statistics collected for it.
+
+    Raises:
+        PrunerError: If the pruner or an option is unknown.
+        TargetError: If a pattern matches nothing, or nothing can be pruned.
+        ConfigError: If the pruner needs statistics and there are none.
+    """
+    pruner = create_pruner(settings.method, **settings.options)
+    selection = select(model, settings.block, settings.targets, settings.ignore)
+    statistics = statistics or {}
+    for layer in selection.layers:
+        layer.statistics.update(statistics.get(layer.name, {}))
+        missing = pruner.requires - layer.statistics.keys()
+        if missing:
+            raise ConfigError(
+                f"pruner {settings.method!r} needs the statistic {min(missing)!r} of layer {layer.name}: put a "
+                f"calibrate stage before it (in Python, give `calibration`)"
+            )
+    return pruner, selection
+
+
+@torch.no_grad()
+def prune_layers(
+    pruner: Pruner, layers: list[PrunableLayer], budget: Budget, progress: Progress | None = None
+) -> dict[str, BlockMask]:
+    """Scores all layers, chooses the masks, lets the pruner compensate, and zeroes the removed blocks.
+
+    No weight changes before every score is known to be good.
+
+    Returns:
+        The masks by layer name, on the CPU.
+
+    Raises:
+        PrunerError: If a weight or a score is not finite, or a score has the wrong shape.
+    """
+    progress = progress or Progress()
+    scores = {}
+    with progress.task("scoring blocks", len(layers)) as advance:
+        for layer in layers:
+            scores[layer.name] = pruner.score(layer)
+            advance(text=layer.name)
+    masks = budget.masks(scores, layers)
+    with progress.task("removing blocks", len(layers)) as advance:
+        for layer in layers:
+            pruner.update_weights(layer, masks[layer.name])
+            apply_mask(layer, masks[layer.name])
+            advance(text=layer.name)
+    return masks
+
+
+def restore_masks(model: nn.Module, masks: Mapping[str, BlockMask]) -> None:
+    """Zeroes what masks of an earlier run removed from the model that they were made for."""
+    for name, module in model.named_modules():
+        for layer in matrices(name, module, BlockShape(8, 8)):
+            if layer.name in masks:
+                apply_mask(layer, masks[layer.name])
+
+
+@torch.no_grad()
+def apply_mask(layer: PrunableLayer, mask: BlockMask) -> None:
+    """Zeroes the blocks of the layer's weight that the mask removes."""
+    layer.weight.masked_fill_(~mask.elements().to(layer.weight.device), 0)

@@ -1,0 +1,121 @@
+"""The report of a run: what was done to which layer, and what was measured, for machines and for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sparsify
+from sparsify import measure
+from sparsify.blocks import BlockMask
+from sparsify.recipe import ReportStage
+from sparsify.stages.state import State
+
+# Names of quality measures in the table; `loss`, `tokens` and `samples` stay in the file alone.
+QUALITIES = {"perplexity": "perplexity", "accuracy": "accuracy (%)", "spearman": "Spearman x 100"}
+
+
+def run(stage: ReportStage, state: State) -> None:
+    """Makes the report of all stages before this one; it is written beside the weights."""
+    state.report = build(state)
+
+
+def build(state: State) -> dict[str, Any]:
+    """The report as it is written to `sparsify_report.json`.
+
+    Returns:
+        `sparsify` (version), `environment`, `recipe`, `layers` (shape, block, blocks, density, and bytes of the
+        weight stored and dense), `kept_dense` (with reasons), `totals`, `columns` (see `evaluate_models`),
+        `history` (losses of each finetune stage) and `notes`.
+    """
+    element_size = state.model.dtype.itemsize
+    layers = [layer_entry(name, mask, state.packed, element_size) for name, mask in state.masks.items()]
+    return {
+        "sparsify": sparsify.__version__,
+        "environment": measure.environment(),
+        "recipe": state.recipe.model_dump(mode="json", exclude_none=True),
+        "task": state.task,
+        "layers": layers,
+        "kept_dense": [
+            {"name": kept.name, "shape": list(kept.shape), "reason": kept.reason} for kept in state.kept_dense
+        ],
+        "totals": totals(state.masks),
+        "columns": state.columns,
+        "history": state.history,
+        "notes": state.notes,
+    }
+
+
+def layer_entry(name: str, mask: BlockMask, packed: bool, element_size: int) -> dict[str, Any]:
+    """What the report says of one weight matrix."""
+    dense = mask.shape[0] * mask.shape[1] * element_size
+    indices = 4 * (mask.keep.shape[0] + 1 + mask.blocks_kept)
+    stored = mask.blocks_kept * mask.block.numel * element_size + indices if packed else dense
+    return {
+        "name": name,
+        "shape": list(mask.shape),
+        "block": str(mask.block),
+        "blocks": mask.blocks_kept,
+        "grid": list(mask.keep.shape),
+        "density": mask.density,
+        "bytes": stored,
+        "bytes_dense": dense,
+    }
+
+
+def totals(masks: Mapping[str, BlockMask]) -> dict[str, Any]:
+    """Elements of all pruned weights and the share that was removed."""
+    elements = sum(mask.shape[0] * mask.shape[1] for mask in masks.values())
+    kept = sum(mask.elements_kept for mask in masks.values())
+    sparsity = 1 - kept / elements if elements else 0.0
+    return {"layers": len(masks), "elements": elements, "elements_kept": kept, "sparsity": sparsity}
+
+
+def table(columns: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Measurements as a table: its header and its rows, one row a measure."""
+    rows: list[list[str]] = []
+
+    def row(title: str, values: list[str | None]) -> None:
+        if any(value is not None for value in values):
+            rows.append([title, *(value or "-" for value in values)])
+
+    found = list(columns.values())
+    for key, title in QUALITIES.items():
+        row(title, [_decimal(column.get("quality", {}).get(key)) for column in found])
+    row("parameters", [_whole(column.get("parameters")) for column in found])
+    row("bytes on disk", [_whole(column.get("bytes")) for column in found])
+    row("peak memory of a forward", [_megabytes(column.get("peak_memory")) for column in found])
+    counts = sorted({int(count) for column in found for count in column.get("latency", {})})
+    for count in counts:
+        title = f"latency, {count} token{'s' if count != 1 else ''}"
+        row(title, [_milliseconds(column.get("latency", {}).get(str(count))) for column in found])
+    return ["", *columns], rows
+
+
+def as_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """`table` as plain text, the columns aligned."""
+    header, rows = table(columns)
+    cells = [header, *rows]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        title, *values = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        return "  ".join([title.strip().ljust(widths[0]), *values]).rstrip()
+
+    return "\n".join(line(row) for row in cells)
+
+
+def _decimal(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
+
+
+def _whole(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _megabytes(value: int | None) -> str | None:
+    return None if value is None else f"{value / 1e6:.1f} MB"
+
+
+def _milliseconds(value: float | None) -> str | None:
+    return None if value is None else f"{value * 1e3:.2f} ms"

@@ -1,0 +1,76 @@
+"""What one stage hands to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.blocks import BlockMask
+from sparsify.layers.swap import sparse_modules
+from sparsify.progress import Progress
+from sparsify.recipe import Recipe
+from sparsify.targets import KeptDense
+
+
+@dataclass
+class State:
+    """The state of a run between two stages.
+
+    Attributes:
+        recipe: The recipe.
+        model: The transformers model. Where `masks` says so, its weights are zero, or its layers packed.
+        processor: Its tokenizer or image processor, if it has one.
+        task: The task, never `auto`; `None` where the model is of no task that can be trained or scored.
+        device: Where the model is.
+        progress: Told about everything that takes long.
+        index: Position of the stage that runs, from 0.
+        masks: Masks in force, by the name of the matrix.
+        kept_dense: Layers that the last pruning left dense, and why.
+        statistics: Calibration statistics, by layer name.
+        columns: Measurements by label, in order.
+        history: Loss histories: `{"stage": index, "points": [...]}`.
+        notes: What `auto` chose, in words.
+        choices: What `auto` chose, to be chosen again after an interruption.
+        report: The finished report.
+        trained: Whether weights have been trained since the last masks.
+        changed: Whether the weights differ from the source by more than masks and packing.
+        trainer_folder: Folder for the Trainer's checkpoints of the stage that runs.
+        resume: The Trainer's checkpoint from which the stage that runs goes on.
+        keep: Stores the state, so that an interruption from here on loses nothing before it.
+    """
+
+    recipe: Recipe
+    model: Any
+    processor: Any
+    task: str | None
+    device: torch.device
+    progress: Progress = field(default_factory=Progress)
+    index: int = 0
+    masks: dict[str, BlockMask] = field(default_factory=dict)
+    kept_dense: list[KeptDense] = field(default_factory=list)
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
+    report: dict[str, Any] | None = None
+    trained: bool = False
+    changed: bool = False
+    trainer_folder: Path = Path("trainer")
+    resume: Path | None = None
+    keep: Callable[[], None] = lambda: None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the model's layers hold packed values."""
+        return bool(sparse_modules(self.model))
+
+    def note(self, text: str) -> None:
+        """Tells the user, and the report, about a choice."""
+        self.notes.append(text)
+        self.progress.note(text)

@@ -1,0 +1,183 @@
+"""Training a model with the Hugging Face Trainer as a `finetune` stage describes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from sparsify.errors import ConfigError, SparsifyError
+from sparsify.progress import Advance, Progress
+from sparsify.recipe import FinetuneStage
+from sparsify.training.samples import Samples
+
+# Without `save_steps` and `logging_steps`: shares of the run between two checkpoints, and between two losses.
+SAVE_EVERY, LOG_EVERY = 0.1, 0.02
+
+
+def train(
+    model: nn.Module,
+    samples: Samples,
+    stage: FinetuneStage,
+    folder: Path,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: Path | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, float]]:
+    """Trains `model` in place.
+
+    Weights of a lower precision are held in float32 while they are trained: an optimizer step is often smaller than
+    the gap between two bfloat16 numbers. They get their own dtype back in the end.
+
+    Args:
+        model: A transformers model; its parameters change.
+        samples: Data and loss.
+        stage: Length, learning rate and everything else.
+        folder: The Trainer's folder for its checkpoints.
+        seed: Seed of data order and dropout.
+        device: Where to train; of several GPUs the first visible one.
+        callbacks: Further callbacks, such as the one that drives a pruner.
+        resume: Checkpoint of an interrupted run, in `folder`.
+        progress: Told about every step.
+
+    Returns:
+        Loss history: `step`, `loss` (mean since the last entry), `learning_rate`, `epoch`.
+
+    Raises:
+        ConfigError: If the device, the precision or an argument of the Trainer is refused.
+        SparsifyError: If the loss is no longer a finite number.
+    """
+    device = torch.device(device)
+    arguments = _arguments(stage, folder, seed, device)
+    progress = progress or Progress()
+    was_training = model.training
+    model.train()
+    try:
+        with _float32_weights(model), progress.task("training") as advance:
+            follow = _Follow(progress, advance)
+            trainer = _Trainer(samples, model=model, args=arguments, callbacks=[*callbacks, follow])
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        model.train(was_training)
+    kept = ("step", "loss", "learning_rate", "epoch")
+    return [{key: entry[key] for key in kept} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _arguments(stage: FinetuneStage, folder: Path, seed: int, device: torch.device) -> TrainingArguments:
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise ConfigError(
+            f"training uses the first visible GPU, got {device}: choose it with CUDA_VISIBLE_DEVICES"
+        )
+    precision = stage.precision
+    if precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if bf16 else "float32"
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": stage.batch,
+        "gradient_accumulation_steps": stage.accumulate,
+        "max_steps": stage.steps or -1,
+        "num_train_epochs": stage.epochs or 1.0,
+        "learning_rate": stage.learning_rate,
+        "warmup_steps": stage.warmup,
+        "weight_decay": stage.weight_decay,
+        "lr_scheduler_type": stage.schedule,
+        "bf16": precision == "bfloat16",
+        "fp16": precision == "float16",
+        "save_strategy": "steps",
+        "save_steps": stage.save_steps or SAVE_EVERY,
+        "save_total_limit": 1,
+        "logging_steps": LOG_EVERY,
+        "logging_nan_inf_filter": False,
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+        "disable_tqdm": True,
+        "report_to": [],
+        "remove_unused_columns": False,
+    }
+    if stage.gradient_checkpointing:
+        known = {field.name for field in fields(TrainingArguments)}
+        new_name = "activation_checkpointing"  # since transformers 5.2x, which warns about the old name
+        settings[new_name if new_name in known else "gradient_checkpointing"] = True
+    try:
+        arguments = TrainingArguments(**{**settings, **stage.trainer})
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"the Trainer refuses the finetune stage's settings: {error}") from error
+    _ = arguments.device
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = (
+            1  # several GPUs in one process would mean nn.DataParallel, which copies the model each step
+        )
+    return arguments
+
+
+class _Trainer(Trainer):
+    """A Trainer over `Samples`."""
+
+    def __init__(self, samples: Samples, **options: Any) -> None:
+        super().__init__(train_dataset=samples.dataset, data_collator=samples.collate, **options)
+        self._loss = samples.loss
+        if self._loss is not None:
+            # The loss is a mean over one micro-batch; the Trainer divides it by their number only if told so.
+            self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._loss is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return self._loss(model, inputs)
+
+
+class _Follow(TrainerCallback):
+    """Drives the progress bar, stops a run whose loss is no number, and leaves the last step's saving to the stage."""
+
+    def __init__(self, progress: Progress, advance: Advance) -> None:
+        self._progress, self._advance = progress, advance
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._advance(state.global_step, total=state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._advance(1)
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise SparsifyError(
+                f"training diverged: the loss is {loss} at step {state.global_step}; lower learning_rate "
+                f"or raise warmup"
+            )
+        self._advance(0, text=f"loss {loss:.3f}")
+
+
+@contextmanager
+def _float32_weights(model: nn.Module) -> Iterator[None]:
+    """Holds floating parameters in float32; afterwards each has its own dtype back."""
+    dtypes = {
+        name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()
+    }
+    parameters = dict(model.named_parameters())
+    for name in dtypes:
+        parameters[name].data = parameters[name].data.float()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
