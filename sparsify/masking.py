@@ -220,8 +220,9 @@ def _save_effective(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     for masked in module.__dict__["_masked_parameters"]:
         key = prefix + masked.parameter
         if key in state_dict:
-            effective = masked.effective(module)
-            state_dict[key] = effective if state_dict[key].requires_grad else effective.detach()
+            keep_vars = state_dict[key].requires_grad
+            plain = _zero_blocks(state_dict[key].detach(), masked.keep(module), masked.block)
+            state_dict[key] = masked.effective(module) if keep_vars else plain
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -239,4 +240,10 @@ class _StraightThrough(torch.autograd.Function):
 def _zero_blocks(weight: Tensor, keep: Tensor, block: tuple[int, int]) -> Tensor:
     """`weight` `(..., N, K)` with 0 (never -0 or NaN) where `keep` `(..., R, C)` is False."""
     elements = keep.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
-    return torch.where(elements[..., : weight.shape[-2], : weight.shape[-1]], weight, 0)
+    elements = elements[..., : weight.shape[-2], : weight.shape[-1]]
+    if hasattr(weight, "device_mesh"):  # sharded by FSDP: each rank masks its own part
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = weight.device_mesh, weight.placements  # pyright: ignore[reportAttributeAccessIssue]
+        elements = distribute_tensor(elements, mesh, placements, src_data_rank=None)
+    return torch.where(elements, weight, 0)
