@@ -13,17 +13,30 @@ Importing this package is cheap: transformers and triton are loaded by the funct
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-for _name in ("pruners", "kernels", "recipes"):
-    _link = Path(__file__).with_name(_name)
-    if not _link.is_dir():
-        raise ImportError(
-            f"sparsify/{_name} is a {'text file' if _link.is_file() else 'missing link'}, not a folder: git checked "
-            f"the repository out without symbolic links. Run `git config core.symlinks true && git checkout -- sparsify`"
-        )
+from sparsify._autoload import install as _install
+
+
+def _check_links() -> None:
+    """Says what to do about a checkout without symbolic links, before its folders are missed one by one."""
+    for name in ("pruners", "kernels", "recipes"):
+        link = Path(__file__).with_name(name)
+        if not link.is_dir():
+            raise ImportError(
+                f"sparsify/{name} is a {'text file' if link.is_file() else 'missing link'}, not a folder: git checked "
+                f"the repository out without symbolic links. Run `git config core.symlinks true && git checkout -- "
+                f"sparsify`"
+            )
+
+
+# `import torch` imports this package by way of `_autoload`; an exception would then break torch for every program.
+if not getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+    _check_links()
+_install()
 
 __version__ = "0.1.0"
 
@@ -56,6 +69,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
+        _check_links()
         value = globals()[name] = getattr(import_module(_EXPORTS[name]), name)
         return value
     raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
