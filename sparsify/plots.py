@@ -173,7 +173,8 @@ def loss_curve(losses: Mapping[str, Sequence[tuple[int, float]]], path: str | Pa
     figure = _figure(7, 4)
     axes = figure.add_subplot()
     for label, points in losses.items():
-        axes.plot([step for step, _ in points], [loss for _, loss in points], label=label)
+        marker = "o" if len(points) < 20 else None  # a single point has no line
+        axes.plot([step for step, _ in points], [loss for _, loss in points], marker=marker, label=label)
     axes.set_title("Loss", loc="left")
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("nats a token")

@@ -283,7 +283,7 @@ def swap_in(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]) -> Non
     found = 0
     for name, entry in layers.items():
         target = name
-        if target not in modules and not same_class:
+        if target not in modules:
             key_map = key_map or KeyMap.of_model(model)
             suffix = f".{packed_weights(name, entry)[0].name}"
             target = key_map(name + suffix).removesuffix(suffix)

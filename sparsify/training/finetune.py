@@ -110,7 +110,7 @@ def _arguments(stage: FinetuneStage, folder: Path, seed: int, device: torch.devi
     }
     if stage.gradient_checkpointing:
         known = {field.name for field in fields(TrainingArguments)}
-        new_name = "activation_checkpointing"  # since transformers 5.2x, which warns about the old name
+        new_name = "activation_checkpointing"  # newer versions warn about the old one
         settings[new_name if new_name in known else "gradient_checkpointing"] = True
     try:
         arguments = TrainingArguments(**{**settings, **stage.trainer})

@@ -27,7 +27,7 @@ class Samples:
     """
 
     dataset: Any
-    collate: Callable[[Sequence[Any]], Batch]
+    collate: Callable[[list[Any]], Any]
     loss: Callable[[nn.Module, Batch], Tensor] | None = None
 
 
