@@ -179,10 +179,9 @@ def create_pruner(method: str, **options: object) -> Pruner:
         PrunerError: If the name or an option is unknown, or an option's value is refused.
     """
     cls = _custom(method) if ":" in method else _registered(method)
-    unknown = frozenset(cls.requires) - STATISTICS
-    if unknown:
+    if not isinstance(cls.requires, (set, frozenset)) or not cls.requires <= STATISTICS:
         raise PrunerError(
-            f"pruner {method!r} requires the statistic {min(unknown)!r}: known are {', '.join(sorted(STATISTICS))}"
+            f"pruner {method!r} has requires = {cls.requires!r}: it must be a set of {', '.join(sorted(STATISTICS))}"
         )
     _check_options(method, cls, options)
     return cls(**options)

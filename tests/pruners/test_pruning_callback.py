@@ -1,0 +1,179 @@
+"""Pruning inside the Hugging Face Trainer: what the pruner sees, what a resumed run brings back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from sparsify.allocation import Budget
+from sparsify.blocks import BlockShape
+from sparsify.errors import ConfigError
+from sparsify.masking import current_masks, mask_model, unmask
+from sparsify.pruner import PrunableLayer, Pruner, create_pruner
+from sparsify.targets import select
+from sparsify.training.pruning_callback import PruningCallback
+
+BLOCK = BlockShape(16, 8)
+
+
+class Movement(Pruner):
+    """Keeps blocks that training moves away from zero; its scores live in the layer's statistics."""
+
+    def before_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
+        for layer in layers:
+            assert layer.grad is not None
+            blocks = -(layer.weight * layer.grad)
+            total = layer.statistics.setdefault("movement", torch.zeros(layer.shape))
+            total.add_(blocks)
+
+    def score(self, layer: PrunableLayer) -> Tensor:
+        return nn.functional.avg_pool2d(
+            layer.statistics["movement"][None, None], (16, 8), ceil_mode=True, count_include_pad=False
+        )[0, 0]
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def make_trainer(model: nn.Module, folder: Path, callback: PruningCallback | None, **options) -> Trainer:
+    tokens = torch.randint(0, 32, (64, 12), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **options,
+    }
+    callbacks = [callback] if callback else []
+    return Trainer(model=model, args=TrainingArguments(**settings), train_dataset=data, callbacks=callbacks)
+
+
+def make_callback(model: nn.Module, pruner: Pruner, until: float) -> PruningCallback:
+    return PruningCallback(pruner, select(model, BLOCK).layers, Budget(0.5), until)
+
+
+PRUNERS = {"group_lasso": lambda: create_pruner("group_lasso"), "movement": Movement}
+
+
+@pytest.mark.parametrize("step", [2, 4, 6], ids=["while pruning", "at the cut", "after the cut"])
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_resumed_run_ends_with_the_same_masks_and_weights_bit_for_bit(
+    tmp_path: Path, pruner: str, step: int
+):
+    whole = make_model()
+    callback = make_callback(whole, PRUNERS[pruner](), 0.5)
+    make_trainer(whole, tmp_path, callback).train()
+    assert callback.masks is not None
+
+    resumed = make_model()
+    again = make_callback(resumed, PRUNERS[pruner](), 0.5)
+    make_trainer(resumed, tmp_path, again).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert again.masks is not None
+    for name, mask in callback.masks.items():
+        assert torch.equal(mask.keep, again.masks[name].keep), name
+    first, second = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_budget_is_met_at_the_end_of_the_phase_and_held_to_the_end_of_training(tmp_path: Path):
+    model = make_model()
+    callback = make_callback(model, create_pruner("group_lasso"), 0.5)
+    make_trainer(model, tmp_path, callback).train()
+    layers = select(model, BLOCK).layers
+    masks = unmask(model)
+    kept = sum(mask.elements_kept for mask in masks.values())
+    assert abs(kept - 0.5 * sum(layer.weight.numel() for layer in layers)) <= BLOCK.numel
+    for layer in layers:
+        elements = masks[layer.name].elements()
+        assert not layer.weight[~elements].any() and layer.weight[elements].all()
+
+
+def test_every_checkpoint_of_the_trainer_loads_plainly_with_the_masks_zeros(tmp_path: Path):
+    model = make_model()
+    callback = make_callback(model, create_pruner("magnitude"), 0.25)
+    make_trainer(model, tmp_path, callback).train()
+    assert callback.masks is not None
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    for layer in select(loaded, BLOCK).layers:
+        assert not layer.weight[~callback.masks[layer.name].elements()].any()
+    final = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-8")
+    ids = torch.arange(10)[None]
+    assert torch.equal(final(ids).logits, model.eval()(ids).logits)
+
+
+def test_the_pruner_sees_whole_gradients_and_the_optimizer_none_of_pruned_blocks(tmp_path: Path):
+    class Watch(Pruner):
+        seen = 0.0
+
+        def score(self, layer: PrunableLayer) -> Tensor:
+            return layer.weight.new_ones(layer.grid)
+
+        def before_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
+            Watch.seen += sum(
+                float(layer.grad[~masks[layer.name].elements()].abs().sum()) for layer in layers
+            )
+
+        def after_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
+            for layer in layers:
+                assert not layer.grad[~masks[layer.name].elements()].any()
+                assert torch.equal(
+                    layer.weight[~masks[layer.name].elements()],
+                    before[layer.name][~masks[layer.name].elements()],
+                )
+
+    model = make_model()
+    layers = select(model, BLOCK).layers
+    magnitude = create_pruner("magnitude")
+    masks = Budget(0.5).masks({layer.name: magnitude.score(layer) for layer in layers}, layers)
+    before = {layer.name: layer.weight.clone() for layer in layers}
+    mask_model(model, masks)
+    callback = PruningCallback(Watch(), layers, Budget(0.5))
+    make_trainer(model, tmp_path, callback, weight_decay=0.0).train()
+    assert Watch.seen > 0.0
+
+
+def test_a_masked_model_heals_and_resumes_without_any_callback(tmp_path: Path):
+    def masked() -> nn.Module:
+        model = make_model()
+        layers = select(model, BLOCK).layers
+        magnitude = create_pruner("magnitude")
+        masks = Budget(0.5).masks({layer.name: magnitude.score(layer) for layer in layers}, layers)
+        mask_model(model, masks, dense_gradient=False)
+        return model
+
+    whole, resumed = masked(), masked()
+    make_trainer(whole, tmp_path, None).train()
+    make_trainer(resumed, tmp_path, None).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    first, second = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    before, after = current_masks(whole), unmask(resumed)
+    assert all(torch.equal(before[name].keep, after[name].keep) for name in before)
+
+
+def test_a_phase_of_no_length_is_refused():
+    for until in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=f"until {until} is out of range"):
+            PruningCallback(create_pruner("magnitude"), [], Budget(0.5), until)
