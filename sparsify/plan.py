@@ -97,8 +97,9 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
         raise ConfigError("the recipe names no model: give --model, or `model:` in the recipe")
     if writes(recipe) and recipe.out is None:
         raise ConfigError("the recipe names no output folder: give --out, or `out:` in the recipe")
-    if recipe.out is not None:
-        writer.check_output(recipe.out, force, 0)
+    out = recipe.out if writes(recipe) else None
+    if out is not None:
+        writer.check_output(out, force, 0)
         _refuse_own_folder(recipe)
     resolve_device(recipe.device)
     for spec in used_data(recipe):
@@ -110,20 +111,20 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
         model=recipe.model,
         architecture=type(model).__name__,
         task=resolve_task(recipe.task, recipe.model, type(model).__name__),
-        out=recipe.out,
+        out=out,
         stages=[describe(stage) for stage in recipe.stages],
         bytes_dense=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
     )
     _needs_task(recipe, plan)
     removed = _plan_layers(recipe, model, plan)
     converts = any(_packs(stage) for stage in recipe.stages)
-    plan.bytes_out = plan.bytes_dense - (removed if converts else 0)
+    plan.bytes_out = plan.bytes_dense - (removed if converts else 0) if out is not None else 0
     if any(isinstance(stage, FinetuneStage) for stage in recipe.stages):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         trainer = CHECKPOINTS_AT_ONCE * CHECKPOINT_BYTES_PER_PARAMETER * parameters
         plan.bytes_work = trainer + plan.bytes_dense
-    if recipe.out is not None:
-        writer.check_output(recipe.out, force, plan.bytes_out + plan.bytes_work)
+    if out is not None:
+        writer.check_output(out, force, plan.bytes_out + plan.bytes_work)
     return plan
 
 

@@ -1,0 +1,141 @@
+"""The Python interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sparsify
+from sparsify.data import DataSpec
+from sparsify.errors import BlockShapeError, ConfigError, PrunerError, TargetError
+from sparsify.layers.swap import sparse_modules
+from tests.cli import checkpoints
+
+
+@pytest.fixture
+def dense(tmp_path) -> Path:
+    return checkpoints.llama(tmp_path / "dense")
+
+
+def test_the_packages_own_example_runs(dense, tmp_path):
+    assert sparsify.__doc__ is not None
+    example = sparsify.__doc__.partition("\n\n")[2]
+    code = "\n".join(line[4:] for line in example.splitlines() if line.startswith("    "))
+    code = code.replace("path/to/model", str(dense)).replace("path/to/sparse", str(tmp_path / "sparse"))
+    names: dict = {}
+    exec(code.replace('"64x64"', '"32x32"'), names)
+    assert len(sparse_modules(names["model"])) == 14
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+
+
+def test_prune_returns_what_it_did(dense):
+    model = sparsify.load(dense)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    result = sparsify.prune(
+        model, block=(32, 32), sparsity=0.6, scope="layer", targets="re:mlp", convert=False
+    )
+    assert result.sparsity == pytest.approx(0.6, abs=0.01)
+    assert set(result.density) == {
+        f"model.layers.{i}.mlp.{p}_proj" for i in (0, 1) for p in ("gate", "up", "down")
+    }
+    assert not sparse_modules(model)
+    for name, mask in result.masks.items():
+        weight = model.get_submodule(name).weight
+        assert torch.equal(weight, before[f"{name}.weight"] * mask.elements())
+    text = str(result)
+    assert "model.layers.0.mlp.up_proj" in text and "128" in text
+    assert "6 weights, 60" in text and "not among the targets" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"block": 48}, BlockShapeError, "48x48 is not supported"),
+        ({"block": "3x5"}, BlockShapeError, "3x5"),
+        ({"sparsity": 1.0}, ConfigError, "sparsity: must be at least 0 and less than 1"),
+        ({"sparsity": -1}, ConfigError, "sparsity: got -1"),
+        ({"scope": "everywhere", "sparsity": 3}, ConfigError, "2 faults"),
+        ({"floor": 0.9}, ConfigError, "floor 0.9 cannot be kept at sparsity 0.5"),
+        ({"method": "magic"}, PrunerError, "unknown pruner 'magic'"),
+        ({"norm": "l5"}, PrunerError, "l5"),
+        ({"nrom": "l2"}, PrunerError, "has no option 'nrom'"),
+        ({"targets": ["attn"]}, TargetError, "matches nothing"),
+        ({"block": 256}, TargetError, "smaller than one block"),
+    ],
+    ids=str,
+)
+def test_prune_refuses_bad_arguments_and_changes_nothing(dense, arguments, error, message):
+    model = sparsify.load(dense)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        sparsify.prune(model, **{"block": 32, **arguments})
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_nan_weight_is_named_and_nothing_changes(dense):
+    model = sparsify.load(dense)
+    model.get_submodule("model.layers.1.mlp.down_proj").weight.data[0, 0] = float("nan")
+    first = model.get_submodule("model.layers.0.mlp.up_proj").weight.clone()
+    with pytest.raises(PrunerError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        sparsify.prune(model, block=32)
+    assert torch.equal(model.get_submodule("model.layers.0.mlp.up_proj").weight, first)
+
+
+def test_prune_uses_calibration_batches(dense):
+    class Inputs(sparsify.Pruner):
+        requires = frozenset({"input_sq"})
+
+        def score(self, layer):
+            from sparsify.blocks import to_blocks
+
+            return (
+                to_blocks(layer.weight * layer.statistics["input_sq"].sqrt(), layer.block).abs().sum((2, 3))
+            )
+
+    globals()["Inputs"] = Inputs
+    import sys
+
+    sys.modules["calibrated"] = sys.modules[__name__]
+    model = sparsify.load(dense)
+    with pytest.raises(ConfigError, match="needs the statistic 'input_sq'"):
+        sparsify.prune(model, method="calibrated:Inputs", block=32)
+    batches = [{"input_ids": torch.randint(5, 90, (2, 16))} for _ in range(3)]
+    result = sparsify.prune(model, method="calibrated:Inputs", block=32, calibration=batches)
+    assert result.sparsity == pytest.approx(0.5, abs=0.01) and len(sparse_modules(model)) == 14
+    del sys.modules["calibrated"], globals()["Inputs"]
+
+
+def test_prune_takes_any_module():
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    result = sparsify.prune(model, block="16x32", sparsity=0.5)
+    assert [type(module).__name__ for module in model] == ["BlockSparseLinear", "ReLU", "BlockSparseLinear"]
+    assert set(result.masks) == {"0", "2"}
+    assert model(torch.randn(3, 64)).shape == (3, 64)
+
+
+def test_run_by_name_with_overrides(dense, tmp_path):
+    result = sparsify.run(
+        "magnitude_oneshot",
+        model=str(dense),
+        out=tmp_path / "out",
+        overrides=["prune.block=32", "stages.0.latency_tokens=[2]", "stages.3.latency_tokens=[2]"],
+    )
+    assert result.out == tmp_path / "out" and "latency, 2 tokens" in str(result)
+    assert len(sparse_modules(sparsify.load(result.out))) == 14
+
+
+def test_evaluate_and_densify(dense, tmp_path):
+    model = sparsify.load(dense)
+    sparsify.prune(model, block=32)
+    sparse = sparsify.save(model, tmp_path / "sparse")
+    data = DataSpec(path=checkpoints.text(tmp_path), length=32, samples=8)
+    checkpoints.tokenizer().save_pretrained(sparse)
+    report = sparsify.api.evaluate(sparse, data, against=dense, latency_tokens=[4])
+    assert list(report["columns"]) == ["dense", "sparse"]
+    plain = sparsify.densify(sparse, tmp_path / "plain")
+    report = sparsify.api.evaluate(plain, data, against=dense, latency_tokens=[])
+    assert list(report["columns"]) == ["dense", "dense: plain"]
