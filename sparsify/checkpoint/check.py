@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from sparsify.checkpoint.conversions import KeyMap
 from sparsify.checkpoint.files import StoredTensor, read_headers
+from sparsify.checkpoint.format import packed_names
 from sparsify.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from sparsify.checkpoint.quantizer import BlockSparseQuantizer
+    from sparsify.layers.packed import PackedModule
 
 
 def check_files(model: PreTrainedModel, quantizer: BlockSparseQuantizer, files: Sequence[str]) -> None:
@@ -29,7 +30,6 @@ def check_files(model: PreTrainedModel, quantizer: BlockSparseQuantizer, files: 
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    from sparsify.checkpoint.quantizer import packed_names
     from sparsify.layers.swap import sparse_modules
 
     stored = read_headers(files)
@@ -55,7 +55,7 @@ def _check_tensor(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> No
         )
 
 
-def check_loaded(modules: Mapping[str, nn.Module]) -> None:
+def check_loaded(modules: Mapping[str, PackedModule]) -> None:
     """Checks that every packed tensor came from the files.
 
     transformers merely warns when a tensor is missing and makes one up, which for an index would be garbage.
@@ -66,8 +66,6 @@ def check_loaded(modules: Mapping[str, nn.Module]) -> None:
     Raises:
         CheckpointError: If one was not in the files.
     """
-    from sparsify.checkpoint.quantizer import packed_names
-
     for module_name, module in modules.items():
         for name in packed_names(module):
             tensor = getattr(module, name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsify.blocks import BlockShape
 from sparsify.errors import BlockShapeError, CheckpointError
-from sparsify.layers.packed import PackedWeight
+from sparsify.layers.packed import PackedModule, PackedWeight
 
 QUANT_METHOD = "block_sparse"
 FORMAT_VERSION = 1
@@ -42,6 +42,14 @@ def packed_weights(layer: str, entry: object) -> list[PackedWeight]:
             raise _bad(layer, "kind experts needs `weights`, a mapping of parameter names")
         return [_packed_weight(layer, str(name), weight, 3) for name, weight in weights.items()]
     raise _bad(layer, f"unknown kind {kind!r}, this version knows linear, conv1d and experts")
+
+
+def packed_names(module: PackedModule) -> list[str]:
+    """State-dict names of a block-sparse module's packed parameters and their index buffers."""
+    names = []
+    for packed in module.packed.values():
+        names += [packed.name, f"{packed.prefix}crow_indices", f"{packed.prefix}col_indices"]
+    return names
 
 
 def _packed_weight(layer: str, name: str, entry: object, rank: int) -> PackedWeight:

@@ -7,7 +7,7 @@ weight ever exists; checks files and indices; and keeps `config.json` true to th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +15,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsify.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, packed_weights
+from sparsify.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, packed_names, packed_weights
 from sparsify.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+
+    from sparsify.layers.packed import PackedModule
 
 
 class BlockSparseConfig(QuantizationConfigMixin):
@@ -81,7 +82,7 @@ class BlockSparseQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BlockSparseConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._packed_keys: list[str] = []
-        # Converters that hold for the dense architecture alone; `restore_dense` gives them back.
+        # Converters that hold for the dense architecture alone; `dequantize` gives them back.
         self._dropped: list[Any] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -100,6 +101,7 @@ class BlockSparseQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from sparsify.checkpoint.check import check_files
+        from sparsify.checkpoint.skeleton import swap_in
         from sparsify.layers.swap import sparse_modules
 
         swap_in(model, self.quantization_config.layers)
@@ -124,7 +126,7 @@ class BlockSparseQuantizer(HfQuantizer):
             module.refresh(name)
         # The weights are ordinary floating point: `.half()`, `.float()`, torch.compile and training all work, which
         # transformers forbids to what calls itself quantized.
-        model.is_quantized = False  # pyright: ignore[reportAttributeAccessIssue]
+        model.is_quantized = False  # pyright: ignore[reportArgumentType]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
@@ -143,7 +145,7 @@ class BlockSparseQuantizer(HfQuantizer):
         self._packed_keys = _packed_keys(modules)
         kept, dropped = split(of_model(model), self._packed_keys)
         self._dropped += dropped
-        model._weight_conversions = kept  # pyright: ignore[reportAttributeAccessIssue]
+        model._weight_conversions = kept  # pyright: ignore[reportArgumentType]
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """`model.dequantize()`: turns the model back into an ordinary dense one with zeros, in place.
@@ -217,7 +219,7 @@ def attach(model: PreTrainedModel, extra: Mapping[str, Any] | None = None) -> No
     quantizer = BlockSparseQuantizer(config, pre_quantized=True)
     quantizer._dropped = previous._dropped if isinstance(previous, BlockSparseQuantizer) else []
     quantizer.synchronise(model)
-    model.hf_quantizer = quantizer  # pyright: ignore[reportAttributeAccessIssue]
+    model.hf_quantizer = quantizer  # pyright: ignore[reportArgumentType]
     model.config.quantization_config = config
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -225,90 +227,6 @@ def attach(model: PreTrainedModel, extra: Mapping[str, Any] | None = None) -> No
             module.config._is_quantized = True
 
 
-def build(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """Builds a block-sparse model from its config alone, on the meta device, without any weight file.
-
-    `AutoModel.from_config` ignores `quantization_config` and builds the dense model; this builds the sparse one.
-    Which blocks are stored is known only to the weight files, so masks and outputs are not available before loading.
-
-    Args:
-        config: A config with a block-sparse `quantization_config`.
-        model_class: Class to build; by default the one that `config.architectures` names.
-
-    Raises:
-        CheckpointError: If the config is not block-sparse, or names an unknown class or layer.
-    """
-    import transformers
-
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        raise CheckpointError("the config has no quantization_config: it describes a dense model")
-    values = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
-    if values.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(
-            f"the config's quant_method is {values.get('quant_method')!r}, expected {QUANT_METHOD!r}"
-        )
-    if model_class is None:
-        names = config.architectures or ["(none)"]
-        model_class = getattr(transformers, names[0], None)
-        if model_class is None:
-            raise CheckpointError(f"transformers has no model class {names[0]!r}: pass model_class")
-    quantizer = BlockSparseQuantizer(BlockSparseConfig.from_dict(dict(values)), pre_quantized=True)
-    with torch.device("meta"):
-        model = model_class._from_config(config)
-        quantizer.preprocess_model(model)
-    model.hf_quantizer = quantizer
-    model.config.quantization_config = quantizer.quantization_config
-    return model
-
-
-def swap_in(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]) -> None:
-    """Replaces the dense layers that `layers` names by empty block-sparse ones.
-
-    Args:
-        model: Dense model on the meta device.
-        layers: `quantization_config["layers"]`; names are those of the class that was saved. Where another class is
-            loaded, as a bare encoder from a model with a head, layers that it lacks are passed over.
-
-    Raises:
-        CheckpointError: If the model lacks a layer, or a layer is of another kind or shape.
-    """
-    from sparsify.checkpoint.conversions import KeyMap
-    from sparsify.layers.kinds import build as build_layer
-    from sparsify.layers.swap import replace_module
-
-    modules = dict(model.named_modules())
-    same_class = type(model).__name__ in (model.config.architectures or [])
-    key_map: KeyMap | None = None
-    found = 0
-    for name, entry in layers.items():
-        target = name
-        if target not in modules:
-            key_map = key_map or KeyMap.of_model(model)
-            suffix = f".{packed_weights(name, entry)[0].name}"
-            target = key_map(name + suffix).removesuffix(suffix)
-        if target not in modules:
-            if same_class:
-                raise CheckpointError(
-                    f"config.json names the block-sparse layer {name!r}, which {type(model).__name__} does not have: "
-                    f"config.json is damaged or belongs to other weights"
-                )
-            continue
-        replace_module(model, target, build_layer(target, modules[target], entry))
-        found += 1
-    if layers and not found:
-        raise CheckpointError(
-            f"none of the checkpoint's {len(layers)} block-sparse layers (such as {next(iter(layers))!r}) exists in "
-            f"{type(model).__name__}: load it with the class it was saved from, {model.config.architectures}"
-        )
-
-
-def _packed_keys(modules: Mapping[str, nn.Module]) -> list[str]:
+def _packed_keys(modules: Mapping[str, PackedModule]) -> list[str]:
     """Names in the model's state dict of everything that belongs to packed weights."""
     return [f"{name}.{key}" for name, module in modules.items() for key in packed_names(module)]
-
-
-def packed_names(module: nn.Module) -> Iterable[str]:
-    """State-dict names of a block-sparse module's packed parameters and index buffers."""
-    for packed in module.packed.values():  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-        yield from (packed.name, f"{packed.prefix}crow_indices", f"{packed.prefix}col_indices")

@@ -208,7 +208,9 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
     for file, loader in candidates:
         if (folder / file).is_file():
             try:
-                return getattr(transformers, loader).from_pretrained(folder, trust_remote_code=trust_remote_code)
+                return getattr(transformers, loader).from_pretrained(
+                    folder, trust_remote_code=trust_remote_code
+                )
             except (OSError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise CheckpointError(f"cannot load the {loader[4:].lower()} of {path}: {reason}") from error
@@ -289,9 +291,9 @@ def _by_model_name(
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     from sparsify.checkpoint.conversions import KeyMap
-    from sparsify.checkpoint.quantizer import build
+    from sparsify.checkpoint.skeleton import build
 
-    model = build(AutoConfig.from_pretrained(folder))
+    model: Any = build(AutoConfig.from_pretrained(folder))
     key_map = KeyMap(model, get_model_conversion_mapping(model, None, model.hf_quantizer))
     return {key_map(key): tensor for key, tensor in stored.items()}
 

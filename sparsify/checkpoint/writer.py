@@ -78,7 +78,7 @@ def save(
             (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
         if report is not None:
             (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        _copy_sentence_transformers(Path(model.name_or_path), folder)
+        _copy_sentence_transformers(Path(model.name_or_path or ""), folder)
     return Path(out).expanduser().resolve()
 
 

@@ -12,7 +12,8 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from sparsify.checkpoint import reader, writer
-from sparsify.checkpoint.quantizer import BlockSparseConfig, build
+from sparsify.checkpoint.quantizer import BlockSparseConfig
+from sparsify.checkpoint.skeleton import build
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers.swap import convert, masks_of, sparse_modules
 from tests.architectures.zoo import BY_NAME, prune
