@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from sparsify import measure
+from sparsify.blocks import BlockMask
 from sparsify.checkpoint import reader, writer
 from sparsify.checkpoint.format import REPORT_FILE
 from sparsify.errors import OutputError
+from sparsify.layers.swap import masks_of
 from sparsify.plan import Plan, make_plan, resolve_device, writes
 from sparsify.progress import Progress
 from sparsify.recipe import Recipe
@@ -162,12 +164,16 @@ class _Run:
         state.kept_dense = [
             KeptDense(e["name"], tuple(e["shape"]), e["reason"]) for e in saved.get("kept_dense", [])
         ]
-        if self.work and saved.get("masks"):
+        if state.packed:  # the source is block-sparse already, or an earlier run packed it
+            state.masks = {
+                name: BlockMask(mask.keep.cpu(), mask.shape, mask.block)
+                for name, mask in masks_of(model).items()
+            }
+        elif self.work and saved.get("masks"):
             state.masks = self.work.read_masks(saved["masks"])
-            if not state.packed:
-                restore_masks(model, state.masks)
-                if saved["packed"]:
-                    pack(state)
+            restore_masks(model, state.masks)
+            if saved["packed"]:
+                pack(state)
         return state
 
     def _prepare_training(self, stage: str) -> None:

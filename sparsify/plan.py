@@ -187,7 +187,7 @@ def skeleton(recipe: Recipe) -> nn.Module:
     import transformers
 
     from sparsify.checkpoint.format import QUANT_METHOD
-    from sparsify.checkpoint.quantizer import build
+    from sparsify.checkpoint.skeleton import build
 
     assert recipe.model is not None
     try:

@@ -6,10 +6,9 @@ as often as the shape occurs. Attention, norms and embeddings cost the same both
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from sparsify.layers.linear import BlockSparseLinear
 
 # More tokens than this tell nothing new, and would make the measurement itself slow.
 MOST_TOKENS = 2048
-REPEATS = 3
+REPEATS = 5
 
 
 def faster_form(model: nn.Module, masks: Mapping[str, BlockMask], tokens: int) -> tuple[str, str]:
@@ -43,10 +42,10 @@ def faster_form(model: nn.Module, masks: Mapping[str, BlockMask], tokens: int) -
         linear = nn.Linear(shape[1], shape[0], bias=False, device=device)
         sparse = BlockSparseLinear.from_linear(linear, mask)
         inputs = torch.randn(tokens, shape[1], device=device)
-        packed += count * _step_seconds(sparse, inputs)
         wrapper = nn.ModuleDict({"layer": linear})
         masking.mask_model(wrapper, {"layer": mask}, dense_gradient=False)
-        masked += count * _step_seconds(linear, inputs)
+        times = _step_seconds([sparse, linear], inputs)
+        packed, masked = packed + count * times[0], masked + count * times[1]
     form = "packed" if packed <= masked else "masked"
     return (
         form,
@@ -54,14 +53,15 @@ def faster_form(model: nn.Module, masks: Mapping[str, BlockMask], tokens: int) -
     )
 
 
-def _step_seconds(layer: nn.Module, inputs: torch.Tensor) -> float:
-    """Median time of a forward and backward pass of one layer, after one to warm up."""
+def _step_seconds(layers: Sequence[nn.Module], inputs: torch.Tensor) -> list[float]:
+    """Shortest time of a forward and backward pass of each layer, taken in turns after one pass to warm up."""
     inputs = inputs.requires_grad_()
-    times = []
+    times: list[list[float]] = [[] for _ in layers]
     for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        layer(inputs).sum().backward()
-        if inputs.device.type == "cuda":
-            torch.cuda.synchronize(inputs.device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        for layer, own in zip(layers, times, strict=True):
+            start = time.perf_counter()
+            layer(inputs).sum().backward()
+            if inputs.device.type == "cuda":
+                torch.cuda.synchronize(inputs.device)
+            own.append(time.perf_counter() - start)
+    return [min(own[1:]) for own in times]

@@ -405,6 +405,21 @@ def test_model_of_no_known_task_can_be_pruned_but_not_trained(tmp_path, make):
     pipeline.run(make(PRUNE, "convert", model=str(source)))
 
 
+def test_block_sparse_source_can_be_healed_further(make, tmp_path):
+    pipeline.run(make(PRUNE, "convert", out="sparse"))
+    source = str(tmp_path / "sparse")
+    result = pipeline.run(make("evaluate", TRAIN, "evaluate", "report", model=source, out="healed"))
+    assert result.report is not None
+    columns = result.report["columns"]
+    assert columns["recovered"]["quality"]["loss"] < columns["pruned"]["quality"]["loss"]
+    first, second = (
+        masks_of(AutoModelForCausalLM.from_pretrained(tmp_path / name)) for name in ("sparse", "healed")
+    )
+    assert all(torch.equal(first[name].keep, second[name].keep) for name in first) and len(second) == 14
+    with pytest.raises(TargetError):
+        pipeline.run(make(PRUNE, "convert", model=source, out="again"))
+
+
 def test_evaluation_alone_writes_nothing(make, tmp_path):
     result = pipeline.run(make("evaluate", "report"))
     assert result.out is None and result.report is not None
