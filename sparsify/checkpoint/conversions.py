@@ -1,9 +1,10 @@
 """Between the names in a checkpoint's files and the names in the model, where packed weights are concerned.
 
 transformers renames and reshapes tensors on the way in and out (`transformers/conversion_mapping.py`): Mixtral's files
-hold one matrix per expert, its model one fused parameter. Renaming is harmless to packed weights; reshaping is not, so
-converters that would touch a packed tensor are left out, on both ways by the same rule. Packed experts therefore lie
-in the files under their fused names.
+hold one matrix per expert, its model one fused parameter. Packed weights must not be reshaped, so converters that
+would touch one are left out in loading. In saving, all conversions are left out wherever the model's own names load
+back as themselves, which is nearly everywhere: packed experts then lie in the files under their fused names, and
+`Trainer`, which resumes by the model's own names, finds every tensor.
 """
 
 from __future__ import annotations
@@ -56,17 +57,27 @@ def _directions(conversion: Conversion) -> list[Conversion]:
         return [forwards]
 
 
-def of_model(model: PreTrainedModel) -> list[Conversion]:
-    """The conversions that saving `model` would reverse: those it was loaded with, else those of its architecture."""
+def for_saving(model: PreTrainedModel, packed: Iterable[str]) -> list[Conversion]:
+    """The conversions, in loading direction, that `save_pretrained` is to reverse for a block-sparse model.
+
+    Args:
+        model: The model.
+        packed: Names of all packed parameters and index buffers in the model.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    packed = list(packed)
+    loading, _ = split(get_model_conversion_mapping(model), packed)
+    key_map = KeyMap(model, loading)
+    if all(key_map.keeps(key) for key in model.state_dict()):
+        return []
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange
-
         # As `revert_weight_conversion` does: a model that was not loaded has no prefix to restore.
         mapping = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
-    return list(conversions)
+    return split(conversions, packed)[0]
 
 
 class KeyMap:
@@ -95,9 +106,16 @@ class KeyMap:
 
     def __call__(self, key: str) -> str:
         """The model's name for the file's tensor `key`; the name itself if the model has none such."""
+        name, _ = self._rename(key)
+        return key if name not in self._state and key in self._state else name
+
+    def keeps(self, key: str) -> bool:
+        """Whether a tensor stored under the model's own name `key` is loaded under it, and not reshaped."""
+        name, converter = self._rename(key)
+        # A name that renaming would take out of the model is left alone.
+        return name not in self._state or (name == key and converter is None)
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
 
-        name, _ = rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)
-        if name not in self._state and key in self._state:
-            return key
-        return name
+        return rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)

@@ -82,8 +82,6 @@ class BlockSparseQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BlockSparseConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._packed_keys: list[str] = []
-        # Converters that hold for the dense architecture alone; `dequantize` gives them back.
-        self._dropped: list[Any] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses to sparsify on load.
@@ -113,8 +111,7 @@ class BlockSparseQuantizer(HfQuantizer):
         """Leaves out the conversions that would reshape packed weights."""
         from sparsify.checkpoint.conversions import split
 
-        kept, self._dropped = split(weight_conversions, self._packed_keys)
-        return kept
+        return split(weight_conversions, self._packed_keys)[0]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from sparsify.checkpoint.check import check_loaded
@@ -136,16 +133,14 @@ class BlockSparseQuantizer(HfQuantizer):
 
     def synchronise(self, model: PreTrainedModel) -> None:
         """Brings the config's layer entries and the model's weight conversions up to date with its modules."""
-        from sparsify.checkpoint.conversions import of_model, split
+        from sparsify.checkpoint.conversions import for_saving
         from sparsify.layers.kinds import entry
         from sparsify.layers.swap import sparse_modules
 
         modules = sparse_modules(model)
         self.quantization_config.layers = {name: entry(module) for name, module in modules.items()}
         self._packed_keys = _packed_keys(modules)
-        kept, dropped = split(of_model(model), self._packed_keys)
-        self._dropped += dropped
-        model._weight_conversions = kept  # pyright: ignore[reportArgumentType]
+        model._weight_conversions = for_saving(model, self._packed_keys)  # pyright: ignore[reportArgumentType]
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """`model.dequantize()`: turns the model back into an ordinary dense one with zeros, in place.
@@ -156,9 +151,8 @@ class BlockSparseQuantizer(HfQuantizer):
         """
         from sparsify.checkpoint.densify import swap_out
 
-        self.synchronise(model)
         swap_out(model)
-        model._weight_conversions += self._dropped  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+        model._weight_conversions = None  # pyright: ignore[reportArgumentType] -- those of the architecture
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
 
@@ -217,7 +211,6 @@ def attach(model: PreTrainedModel, extra: Mapping[str, Any] | None = None) -> No
     kept_extra = previous.quantization_config.extra if isinstance(previous, BlockSparseQuantizer) else {}
     config = BlockSparseConfig(layers={}, **{**kept_extra, **(extra or {})})
     quantizer = BlockSparseQuantizer(config, pre_quantized=True)
-    quantizer._dropped = previous._dropped if isinstance(previous, BlockSparseQuantizer) else []
     quantizer.synchronise(model)
     model.hf_quantizer = quantizer  # pyright: ignore[reportArgumentType]
     model.config.quantization_config = config

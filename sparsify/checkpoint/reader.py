@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,8 @@ def load(
         trust_remote_code: Run the Python code that comes with the checkpoint, where transformers has none for it.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode. Parameters that the checkpoint lacks, such as a new head, are random; a warning
+        names them.
 
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, unsafe, or does not fit the task.
@@ -177,10 +179,20 @@ def load(
     if trust_remote_code and model_class.startswith("Auto"):
         options["trust_remote_code"] = True
     try:
-        return getattr(transformers, model_class).from_pretrained(folder, **options)
+        model, found = getattr(transformers, model_class).from_pretrained(
+            folder, output_loading_info=True, **options
+        )
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"cannot load {path} as {model_class}: {reason}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        warnings.warn(
+            f"{path} has no weights for {len(missing)} of the parameters of {type(model).__name__} (the first is "
+            f"{missing[0]}): they are random until they are trained",
+            stacklevel=2,
+        )
+    return model
 
 
 def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
