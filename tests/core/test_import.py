@@ -77,9 +77,7 @@ def test_imports_point_down(unit: str, path: Path) -> None:
         assert packages_imported(path) <= {"torch"}
     elif unit not in OUTSIDE:
         unreachable = used & {*OUTSIDE, "pruners"}
-        assert not unreachable, (
-            f"{path.relative_to(ROOT)} imports {unreachable}, which no module may import"
-        )
+        assert not unreachable, f"{path.relative_to(ROOT)} imports {unreachable}, which no module may import"
         above = sorted(name for name in used if level(name) > level(unit))
         assert not above, f"{path.relative_to(ROOT)} imports upwards: {above}"
 
