@@ -1,20 +1,19 @@
 """The block-sparse products as torch operators, `sparsify::dsd`, `sparsify::dds` and `sparsify::sdd`.
 
 Each works under autograd (twice differentiable, since the three are closed under differentiation), `torch.compile`
-with `fullgraph=True`, autocast and CUDA graphs. CUDA tensors of float32, float16 and bfloat16 run the Triton kernels;
-every other device, and float64, runs `reference`. Triton is imported by the first CUDA call, not by this module.
+with `fullgraph=True`, autocast and CUDA graphs. `dispatch` says which kernel runs; Triton is imported by the first CUDA
+call, not by this module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.kernels import reference
+from sparsify.kernels.dispatch import choose
 from sparsify.kernels.storage import Topology
 
 _lib = torch.library.Library("sparsify", "DEF")
@@ -59,35 +58,26 @@ def _check(left: Tensor, right: Tensor, width: int, blocks: int, side: int) -> N
         )
 
 
-def _kernels(name: str) -> ModuleType:
-    from sparsify.kernels import triton_dds, triton_dsd, triton_sdd
-
-    return {"dsd": triton_dsd, "dds": triton_dds, "sdd": triton_sdd}[name]
-
-
-def _implementation(name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    use_triton = device.type == "cuda" and dtype != torch.float64
-    return getattr(_kernels(name) if use_triton else reference, name)
-
-
 def _dsd(
     x: Tensor, values: Tensor, bias: Tensor | None, topology: Sequence[Tensor], out_features: int
 ) -> Tensor:
     topo = Topology(*topology)
     _check(x, values, x.shape[-1], topo.t_crow.numel() - 1, values.shape[1])
-    return _implementation("dsd", x.dtype, x.device)(x, values, bias, topo, out_features)
+    run = choose("dsd", x, values, (values.shape[1], values.shape[2]), out_features)
+    return run(x, values, bias, topo, out_features)
 
 
 def _dds(dy: Tensor, values: Tensor, topology: Sequence[Tensor], in_features: int) -> Tensor:
     topo = Topology(*topology)
     _check(dy, values, dy.shape[-1], topo.crow.numel() - 1, values.shape[2])
-    return _implementation("dds", dy.dtype, dy.device)(dy, values, topo, in_features)
+    run = choose("dds", dy, values, (values.shape[1], values.shape[2]), in_features)
+    return run(dy, values, topo, in_features)
 
 
 def _sdd(dy: Tensor, x: Tensor, topology: Sequence[Tensor], block_in: int, block_out: int) -> Tensor:
     topo = Topology(*topology)
     _check(dy, x, dy.shape[-1], topo.crow.numel() - 1, block_out)
-    return _implementation("sdd", x.dtype, x.device)(dy, x, topo, block_in, block_out)
+    return choose("sdd", dy, x, (block_in, block_out), 0)(dy, x, topo, block_in, block_out)
 
 
 def _fake_dsd(
@@ -105,7 +95,7 @@ def _fake_sdd(dy: Tensor, x: Tensor, topology: Sequence[Tensor], block_in: int, 
 
 
 def _save_for_dsd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bias, topology, out_features = inputs
+    x, values, bias, topology, _out_features = inputs
     # Each operand is needed only for the other's gradient: a frozen weight keeps no activations alive.
     ctx.save_for_backward(x if values.requires_grad else None, values if x.requires_grad else None, *topology)
     ctx.in_features, ctx.block, ctx.has_bias = x.shape[1], values.shape[1:], bias is not None
@@ -113,6 +103,7 @@ def _save_for_dsd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_dsd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, values, *topology = ctx.saved_tensors
+    dy = dy.contiguous()  # the gradient of a sum is expanded
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     dx = torch.ops.sparsify.dds(dy, values, topology, ctx.in_features) if need_x else None
     dvalues = torch.ops.sparsify.sdd(dy, x, topology, *ctx.block) if need_values else None

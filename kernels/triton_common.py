@@ -1,4 +1,6 @@
 """What the Triton kernels share: tile sizes, the precision of a dot product, and the interpreter's quirk."""
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+# ^ jitted functions are compiled by Triton, whose types pyright does not know
 
 from __future__ import annotations
 

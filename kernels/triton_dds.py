@@ -5,6 +5,8 @@ walks that column's blocks through the transposed topology, `BK` output features
 
     M tokens, K input features, N output features, Z stored blocks of (BI, BO), BK packed output features a step
 """
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+# ^ jitted functions are compiled by Triton, whose types pyright does not know
 
 from __future__ import annotations
 

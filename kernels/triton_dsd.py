@@ -6,6 +6,8 @@ belong to. An empty row writes the bias.
 
     M tokens, K input features, N output features, Z stored blocks of (BI, BO), BK packed columns a step
 """
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+# ^ jitted functions are compiled by Triton, whose types pyright does not know
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ tiles so that the accumulator fits the registers.
 
     M tokens, K input features, N output features, Z stored blocks of (BI, BO), TI x TO tile of a block
 """
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+# ^ jitted functions are compiled by Triton, whose types pyright does not know
 
 from __future__ import annotations
 

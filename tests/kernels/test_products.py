@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsify.kernels import reference
-from tests.kernels.oracle import CASES, DTYPES, check_products, make
+from tests.kernels.oracle import CASES, DTYPES, Case, check_products, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -30,6 +30,18 @@ def test_triton_kernels_in_the_interpreter(case, dtype):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="with a GPU the compiled kernels are tested, see tests/gpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.tokens <= 32] + [Case(2, 64, 1600, (16, 32))], ids=str
+)
+def test_decode_kernel_in_the_interpreter(case, dtype):
+    from sparsify.kernels import triton_dds, triton_decode, triton_sdd
+
+    check_products(case, dtype, triton_decode.dsd, triton_dds.dds, triton_sdd.sdd)
+    assert not any(held[-1].any() for held in triton_decode._arrived.values())  # left as it was found
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="with a GPU the compiled kernels are tested, see tests/gpu")
 def test_triton_reads_strided_activations():
     from sparsify.kernels import triton_dds, triton_dsd, triton_sdd
 
@@ -49,8 +61,6 @@ def test_reference_beats_dense_on_the_cpu():
     """80 % sparse, 64x64 blocks, 256 tokens, 3072x768: the CPU path must be worth having."""
     from statistics import median
     from time import perf_counter
-
-    from tests.kernels.oracle import Case
 
     o = make(Case(256, 3072, 768, (64, 64), density=0.2), torch.float32)
     dense_weight = torch.randn_like(o.weight)

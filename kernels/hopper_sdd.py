@@ -1,0 +1,148 @@
+"""`dW = dy^T x` at stored blocks on Hopper GPUs, for blocks whose sides are multiples of 64.
+
+Each consumer sums 64 output features (operand A, from `dy`) by two sub-blocks of 64 input features (operand B, from
+`x`) over all tokens. Where blocks are at least 128 high both consumers read the same columns of `x`; elsewhere they
+read the same features of `dy`.
+"""
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+# ^ jitted functions are compiled by Triton, whose types pyright does not know
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparsify.kernels.hopper_common import descriptor, make_ring, multiprocessors
+from sparsify.kernels.schedule import units
+from sparsify.kernels.storage import Topology
+
+
+@gluon.jit
+def _produce(
+    dy_desc, x_desc, units_ptr, U, steps,
+    xs0, xs1, dys0, dys1, full, empty,
+    SHARED_X: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    stage = 0
+    phase = 1
+    for unit in range(gl.program_id(0), U, gl.num_programs(0)):
+        row = units_ptr + unit * 10
+        dy0 = gl.load(row) * 64
+        dy1 = gl.load(row + 1) * 64
+        x00 = gl.load(row + 2) * 64
+        x01 = gl.load(row + 3) * 64
+        x10 = gl.load(row + 4) * 64
+        x11 = gl.load(row + 5) * 64
+        for step in range(steps):
+            token = step * 64
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            if SHARED_X:
+                mbarrier.expect(bar, 4 * 8192)
+                tma.async_copy_global_to_shared(dy_desc, [token, dy1], bar, dys1.index(stage))
+            else:
+                mbarrier.expect(bar, 5 * 8192)
+                tma.async_copy_global_to_shared(x_desc, [token, x10], bar, xs1.index(stage * 2))
+                tma.async_copy_global_to_shared(x_desc, [token, x11], bar, xs1.index(stage * 2 + 1))
+            tma.async_copy_global_to_shared(dy_desc, [token, dy0], bar, dys0.index(stage))
+            tma.async_copy_global_to_shared(x_desc, [token, x00], bar, xs0.index(stage * 2))
+            tma.async_copy_global_to_shared(x_desc, [token, x01], bar, xs0.index(stage * 2 + 1))
+            phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
+            stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+
+
+@gluon.jit
+def _consume(
+    dw_desc, units_ptr, U, steps,
+    xs, dys, full, empty, staging,
+    WHICH: gl.constexpr, SUBS: gl.constexpr, STAGES: gl.constexpr, ACC: gl.constexpr,
+):  # fmt: skip
+    stage = 0
+    phase = 0
+    for unit in range(gl.program_id(0), U, gl.num_programs(0)):
+        acc = gl.zeros([64, 128], gl.float32, ACC)
+        for step in range(steps):
+            mbarrier.wait(full.index(stage), phase)
+            acc = warpgroup_mma(dys.index(stage).permute((1, 0)), xs.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            previous = gl.where(stage == 0, STAGES - 1, stage - 1)
+            mbarrier.arrive(empty.index(previous), count=1, pred=step > 0)
+            phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
+            stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        last = gl.where(stage == 0, STAGES - 1, stage - 1)
+        mbarrier.arrive(empty.index(last), count=1, pred=steps > 0)
+        tma.store_wait(0)
+        staging.permute((1, 0)).store(acc.to(dw_desc.dtype))
+        fence_async_shared()
+        for i in gl.static_range(2):
+            sub = gl.load(units_ptr + unit * 10 + 6 + WHICH * 2 + i)
+            if sub >= 0:
+                part = staging.slice(i * 64, 64, dim=0)
+                tma.async_copy_shared_to_global(dw_desc, [sub // SUBS * 64, sub % SUBS * 64], part)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def sdd_kernel(
+    dw_desc,  # (Z * bi, bo) in boxes of (64, 64)
+    dy_desc, x_desc, units_ptr, U, steps,  # (M, N) and (M, K) in boxes of (64, 64), (U, 10)
+    SHARED_X: gl.constexpr, SUBS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = x_desc.dtype
+    SHARED: gl.constexpr = x_desc.layout
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]
+    )
+    xs0 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], SHARED)
+    dys0 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], SHARED)
+    staging0 = gl.allocate_shared_memory(DTYPE, [128, 64], SHARED)
+    staging1 = gl.allocate_shared_memory(DTYPE, [128, 64], SHARED)
+    if SHARED_X:
+        xs1 = xs0
+        dys1 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], SHARED)
+    else:
+        xs1 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], SHARED)
+        dys1 = dys0
+    # The two 64-wide halves of a stage lie one after the other: the producer fills them one by one.
+    halves0 = xs0._reinterpret(DTYPE, [STAGES * 2, 64, 64], SHARED)
+    halves1 = xs1._reinterpret(DTYPE, [STAGES * 2, 64, 64], SHARED)
+    full, empty = make_ring(STAGES)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                dw_desc, units_ptr, U, steps, xs0, dys0, full, empty, staging0, 0, SUBS, STAGES, ACC,
+            )),
+            (_consume, (
+                dw_desc, units_ptr, U, steps, xs1, dys1, full, empty, staging1, 1, SUBS, STAGES, ACC,
+            )),
+            (_produce, (
+                dy_desc, x_desc, units_ptr, U, steps, halves0, halves1, dys0, dys1, full, empty, SHARED_X, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) -> Tensor:
+    """`dW = dy^T x` at stored blocks; see `reference.sdd` for shapes."""
+    work = units(topo, (block_out, block_in))
+    dw = x.new_empty(topo.col.numel(), block_in, block_out)
+    count = work.table.shape[0]
+    sdd_kernel[(min(multiprocessors(x.device), count),)](
+        descriptor(dw.view(-1, block_out), 64, 64),
+        descriptor(dy, 64, 64), descriptor(x, 64, 64), work.table, count, triton.cdiv(x.shape[0], 64),
+        SHARED_X=work.shared, SUBS=block_out // 64, STAGES=6 if work.shared else 4,
+        num_warps=4,
+    )  # fmt: skip
+    return dw

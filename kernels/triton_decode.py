@@ -1,0 +1,119 @@
+"""`y = x W^T + bias` for few tokens: decoding, where the time is that of reading the stored blocks once.
+
+A block row's panel is cut into chunks of packed columns; one program reads one chunk, so that enough bytes are in
+flight to fill the memory bus, and the last program of a row to finish adds up the row's partial sums, in order:
+results are the same from run to run. Rows are cut by their own length, so skewed masks stay balanced.
+
+    M tokens (up to 32), K input features, N output features, stored blocks of (BI, BO), CHUNK packed columns a program
+"""
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+# ^ jitted functions are compiled by Triton, whose types pyright does not know
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsify.kernels.storage import Topology
+from sparsify.kernels.triton_common import dot, dot_options
+
+MAX_TOKENS = 32
+
+
+@triton.jit
+def _decode_kernel(
+    y_ptr, partial_ptr, arrived_ptr,  # [M, N], [R, CHUNKS, BM, BO] float32, [R] int32, zero before and after
+    x_ptr, values_ptr, bias_ptr, crow_ptr, col_ptr,  # [M, K], [Z, BI, BO], [N], [R + 1], [Z]
+    M, N, K, stride_xm, chunks,
+    HAS_BIAS: tl.constexpr, ONE: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    chunk = tl.program_id(1)
+    begin = tl.load(crow_ptr + row)
+    packed = (tl.load(crow_ptr + row + 1) - begin) * BI
+    active = tl.maximum(1, tl.cdiv(packed, CHUNK))
+    if chunk >= active:
+        return
+    m = tl.arange(0, BM)
+    o = tl.arange(0, BO)
+    lane = tl.arange(0, BK)
+    panel_ptr = values_ptr + begin.to(tl.int64) * (BI * BO)
+    end = tl.minimum(packed, (chunk + 1) * CHUNK)
+    if ONE:  # one token: multiply and add by element, and sum over the columns once at the end
+        wide = tl.zeros((BK, BO), dtype=tl.float32)
+    acc = tl.zeros((BM, BO), dtype=tl.float32)
+    for start in range(chunk * CHUNK, end, BK):
+        step = start + lane
+        inside = step < end
+        if BI >= BK:
+            k = tl.load(col_ptr + begin + start // BI) * BI + start % BI + lane
+        else:
+            k = tl.load(col_ptr + begin + step // BI, mask=inside, other=0) * BI + step % BI
+        inside_x = inside & (k < K)
+        w = tl.load(panel_ptr + step[:, None] * BO + o[None, :], mask=inside[:, None], other=0.0)  # [BK, BO]
+        if ONE:
+            x = tl.load(x_ptr + k, mask=inside_x, other=0.0).to(tl.float32)
+            wide += x[:, None] * w.to(tl.float32)
+        else:
+            x_ptrs = x_ptr + m[:, None] * stride_xm + k[None, :]
+            x = tl.load(x_ptrs, mask=(m[:, None] < M) & inside_x[None, :], other=0.0)  # [BM, BK]
+            acc = dot(x, w, acc, PRECISION, WIDEN)
+    if ONE:
+        acc += tl.sum(wide, 0)[None, :]
+    n = row * BO + o
+    tile = m[:, None] * BO + o[None, :]
+    last = active == 1
+    if active > 1:
+        partials = partial_ptr + row.to(tl.int64) * chunks * (BM * BO)
+        tl.store(partials + chunk * (BM * BO) + tile, acc)
+        tl.debug_barrier()  # all threads have stored before one of them reports it
+        last = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") == active - 1
+        if last:
+            acc = tl.zeros((BM, BO), dtype=tl.float32)
+            for other in range(active):
+                acc += tl.load(partials + other * (BM * BO) + tile, cache_modifier=".cg")
+            tl.store(arrived_ptr + row, 0)
+    if last:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        out = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+# Counters of finished programs by device and stream; zero whenever no kernel runs. Replaced ones are kept alive,
+# since a captured graph may hold their address.
+_arrived: dict[tuple[torch.device, int], list[Tensor]] = {}
+
+
+def _counters(x: Tensor, rows: int) -> Tensor:
+    stream = torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0
+    held = _arrived.setdefault((x.device, stream), [])
+    if not held or held[-1].numel() < rows:
+        held.append(torch.zeros(max(rows, 1024), dtype=torch.int32, device=x.device))
+    return held[-1]
+
+
+def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_features: int) -> Tensor:
+    """`y = x W^T + bias` for 1 to `MAX_TOKENS` tokens; see `reference.dsd` for shapes. `x` has unit column stride."""
+    tokens, in_features = x.shape
+    _, block_in, block_out = values.shape
+    y = x.new_empty(tokens, out_features)
+    rows, cols = topo.crow.numel() - 1, topo.t_crow.numel() - 1
+    step = max(32, min(block_in, 64)) if block_out <= 128 else 32
+    chunk = 512 if rows <= 64 else 256
+    chunks = triton.cdiv(cols * block_in, chunk)
+    tile = 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
+    partial = torch.empty(rows * chunks * tile * block_out, dtype=torch.float32, device=x.device)
+    _decode_kernel[(rows, chunks)](
+        y, partial, _counters(x, rows),
+        x, values, bias, topo.crow, topo.col,
+        tokens, out_features, in_features, x.stride(0), chunks,
+        HAS_BIAS=bias is not None, ONE=tokens == 1, BI=block_in, BO=block_out, BM=tile,
+        BK=step, CHUNK=chunk,
+        num_warps=8 if tokens == 1 and block_out >= 64 else 4, num_stages=3,
+        **dot_options(x.dtype),
+    )  # fmt: skip
+    return y
