@@ -84,6 +84,9 @@ def run(
         return _Run(recipe, plan, work, progress).run(force)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(work)) from None
+    finally:
+        if work is not None and not work.exists:
+            work.remove()
 
 
 def _work_folder(recipe: Recipe, force: bool, resume: bool) -> WorkFolder | None:
@@ -107,7 +110,6 @@ def _how_to_go_on(work: WorkFolder | None) -> str:
     if work is None:
         return "interrupted: nothing was written"
     if not work.exists:
-        work.remove()
         return "interrupted before the first stage had finished: nothing was written"
     return f"interrupted: finished work is kept in {work.path}; run the same command with --resume to go on"
 

@@ -14,7 +14,7 @@ import torch
 
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.checkpoint.files import StoredTensor, read_headers, weight_files
-from sparsify.checkpoint.format import QUANT_METHOD, packed_weights
+from sparsify.checkpoint.format import QUANT_METHOD, check_format, packed_weights
 from sparsify.errors import CheckpointError
 from sparsify.kernels.storage import validate_indices
 from sparsify.layers.packed import PackedWeight
@@ -93,7 +93,7 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     quantization = config.get("quantization_config") or {}
     layers: list[LayerInfo] = []
     if quantization.get("quant_method") == QUANT_METHOD:
-        entries = quantization.get("layers") or {}
+        entries = check_format(quantization.get("format_version"), quantization.get("layers"))
         lookup = _by_model_name(folder, stored, entries)
         for name in sorted(entries, key=_natural):
             for packed in packed_weights(name, entries[name]):

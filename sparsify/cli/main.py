@@ -36,6 +36,12 @@ class _Verbs(TyperGroup):
         except SparsifyError as error:
             console.err().print(f"[bold red]error:[/bold red] {escape(str(error))}")
             raise typer.Exit(USER_ERROR) from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not worth importing for this
+                raise
+            advice = "lower batch or length, or take a smaller dtype or another device"
+            console.err().print(f"[bold red]error:[/bold red] the GPU is out of memory: {advice}")
+            raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
             console.err().print(escape(str(error) or "interrupted"))
             raise typer.Exit(INTERRUPTED) from error

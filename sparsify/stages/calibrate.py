@@ -23,7 +23,8 @@ def run(stage: CalibrateStage, state: State) -> None:
         return
     spec = state.recipe.data.calibration
     assert spec is not None
-    samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
+    with state.progress.task("reading calibration data"):
+        samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
     layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
     count = min(stage.samples, len(samples.dataset))
     with state.progress.task("calibrating", count) as advance:

@@ -123,23 +123,28 @@ def _quality(
         raise ConfigError(
             "the checkpoint has no tokenizer, which evaluation needs; add tokenizer files to its folder"
         )
+
+    def read(function: Callable[..., Any], *arguments: Any) -> Any:
+        with progress.task("reading evaluation data"):
+            return function(*arguments)
+
     if task == "causal-lm":
-        dataset = causal_blocks(spec, processor)
+        dataset = read(causal_blocks, spec, processor)
         with _follow(progress, label, len(dataset)) as done:
             return quality.perplexity(model, dataset, batch=batch, progress=done)
     if task == "masked-lm":
         if processor.mask_token_id is None:
             raise ConfigError("the tokenizer has no mask token, which a masked-lm evaluation needs")
-        dataset = masked_blocks(spec, processor)
+        dataset = read(masked_blocks, spec, processor)
         with _follow(progress, label, len(dataset)) as done:
             options = {"batch": batch, "seed": seed, "progress": done}
             return quality.masked_perplexity(model, dataset, processor.mask_token_id, **options)
     if task == "sequence-classification":
         config: Any = model.config
-        dataset = classification_samples(spec, processor, config.label2id)
+        dataset = read(classification_samples, spec, processor, config.label2id)
         with _follow(progress, label, len(dataset)) as done:
             return quality.accuracy(model, dataset, processor, batch=batch, progress=done)
-    dataset = sentence_pairs(spec)
+    dataset = read(sentence_pairs, spec)
     with _follow(progress, label, 2 * len(dataset)) as done:
         return quality.similarity(model, dataset, processor, batch=batch, length=spec.length, progress=done)
 

@@ -17,7 +17,8 @@ def run(stage: FinetuneStage, state: State) -> None:
     """Trains the model as the stage says; the state is stored before the first step."""
     spec = state.recipe.data.train
     assert spec is not None
-    samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
+    with state.progress.task("reading training data"):
+        samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
     if stage.pruner is not None:
         _search(stage, state, samples)
     else:

@@ -92,9 +92,9 @@ def text(folder: Path) -> Path:
 
 
 def labelled(folder: Path) -> Path:
-    """Texts with a label that a letter decides."""
+    """Texts with a label that their letters decide."""
     file = folder / "labelled.csv"
-    rows = [f"{'x' if index % 2 else 'o'} {index},{index % 2}" for index in range(32)]
+    rows = [f"{('x' if index % 2 else 'o') * 12} {index},{index % 2}" for index in range(32)]
     file.write_text("\n".join(["text,label", *rows]))
     return file
 

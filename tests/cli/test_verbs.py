@@ -244,3 +244,11 @@ def test_pruners_are_listed_with_their_options():
     entries = {entry["name"]: entry for entry in json_of("pruners")}
     assert {"magnitude", "group_lasso"} <= set(entries)
     assert "norm" in entries["magnitude"]["options"] and entries["magnitude"]["summary"]
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_random_weights_are_never_silent(dense):
+    result = invoke("eval", dense, "--task", "sequence-classification", "--tokens", 0)
+    assert result.exit_code == 0
+    assert "warning: " in result.stderr and "has no weights for 1 of the parameters" in result.stderr
+    assert "LlamaForSequenceClassification (the first is score.weight): they are random" in result.stderr

@@ -250,7 +250,7 @@ def test_encoders_of_every_task_are_trained_and_scored(tmp_path, source, data, t
             "data": {"train": spec, "eval": spec},
             "stages": [
                 PRUNE,
-                {**TRAIN, "steps": 16, "learning_rate": 5e-4},
+                {**TRAIN, "steps": 32, "batch": 8, "learning_rate": 1e-3},
                 {"stage": "convert"},
                 {"stage": "evaluate"},
                 {"stage": "report"},
@@ -261,7 +261,7 @@ def test_encoders_of_every_task_are_trained_and_scored(tmp_path, source, data, t
     assert result.report is not None
     assert metric in result.report["columns"]["recovered"]["quality"]
     losses = [point["loss"] for point in result.report["history"][0]["points"]]
-    assert sum(losses[-3:]) < sum(losses[:3])
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     assert sparse_modules(reader.load(tmp_path / "out"))
 
 
