@@ -3,7 +3,7 @@
     reference        CPU and other devices, float64
     triton_decode    forward of up to 32 tokens
     hopper_linear    forward and input gradient, 16-bit, block sides multiples of 64
-    hopper_tall      forward, 16-bit, blocks at least 128 high and 8, 16 or 32 wide
+    hopper_tall      forward, 16-bit, blocks at least 128 high and 16 or 32 wide
     hopper_sdd       weight gradient, 16-bit, block sides multiples of 64
     triton_*         everything else on a GPU
 
@@ -80,7 +80,7 @@ def choose(
         if other.numel() and writable and _fast(operand, other.view(-1, block_out)):
             if _squares(block):
                 return _kernel("hopper_linear", "dsd")
-            if block_out >= 128 and block_in < 64:
+            if block_out >= 128 and block_in in (16, 32):  # the tensor cores take 16 columns at a time
                 return _kernel("hopper_tall", "dsd")
     elif name == "dds":
         if other.numel() and writable and _squares(block) and _fast(operand, other.view(-1, block_out)):

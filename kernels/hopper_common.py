@@ -23,6 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Gluon renamed these after triton 3.7.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_RENAMED: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
 LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -44,6 +49,15 @@ def aligned(*tensors: Tensor) -> bool:
 def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """TMA descriptor of a row-major `(a, b)` matrix that is read or written in boxes of `rows x columns`."""
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns], LAYOUT)
+
+
+@gluon.jit
+def view_as(buffer, DTYPE: gl.constexpr, SHAPE: gl.constexpr, SHARED: gl.constexpr):
+    """The same shared memory seen in another shape."""
+    if _RENAMED:
+        return buffer.reinterpret(DTYPE, SHAPE, SHARED)
+    else:
+        return buffer._reinterpret(DTYPE, SHAPE, SHARED)
 
 
 @gluon.jit
@@ -70,9 +84,9 @@ def store_transposed(desc, acc, staging, row, column, TOKENS: gl.constexpr):
     staging.permute((1, 0)).store(gl.convert_layout(low, LAYOUT_HALF))
     fence_async_shared()
     if column >= 0:
-        tma.async_copy_shared_to_global(desc, [row, column], staging)
+        store_tile(desc, [row, column], staging)
     tma.store_wait(0)
     staging.permute((1, 0)).store(gl.convert_layout(high, LAYOUT_HALF))
     fence_async_shared()
     if column >= 0:
-        tma.async_copy_shared_to_global(desc, [row + HALF, column], staging)
+        store_tile(desc, [row + HALF, column], staging)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsify.kernels.hopper_common import descriptor, make_ring, multiprocessors, store_transposed
+from sparsify.kernels.hopper_common import descriptor, load_tile, make_ring, multiprocessors, store_transposed
 from sparsify.kernels.schedule import steps, tiles
 from sparsify.kernels.storage import Topology
 
@@ -60,11 +60,11 @@ def _produce(
                 mbarrier.expect(bar, TOKENS * 128 + 8192, pred=both == 0)
             else:
                 mbarrier.expect(bar, TOKENS * 128 + 16384)
-            tma.async_copy_global_to_shared(x_desc, [token, column * 64], bar, xs.index(stage))
+            load_tile(x_desc, [token, column * 64], bar, xs.index(stage))
             at0 = [first // SUBS * 64, first % SUBS * 64]
             at1 = [second // SUBS * 64, second % SUBS * 64]
-            tma.async_copy_global_to_shared(w_desc, at0, bar, ws0.index(stage), pred=has_first)
-            tma.async_copy_global_to_shared(w_desc, at1, bar, ws1.index(stage), pred=has_second)
+            load_tile(w_desc, at0, bar, ws0.index(stage), pred=has_first)
+            load_tile(w_desc, at1, bar, ws1.index(stage), pred=has_second)
             column = next_column
             first = next_first
             second = next_second

@@ -21,7 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsify.kernels.hopper_common import descriptor, make_ring, multiprocessors
+from sparsify.kernels.hopper_common import (
+    descriptor,
+    load_tile,
+    make_ring,
+    multiprocessors,
+    store_tile,
+    view_as,
+)
 from sparsify.kernels.schedule import units
 from sparsify.kernels.storage import Topology
 
@@ -48,14 +55,14 @@ def _produce(
             mbarrier.wait(empty.index(stage), phase)
             if SHARED_X:
                 mbarrier.expect(bar, 4 * 8192)
-                tma.async_copy_global_to_shared(dy_desc, [token, dy1], bar, dys1.index(stage))
+                load_tile(dy_desc, [token, dy1], bar, dys1.index(stage))
             else:
                 mbarrier.expect(bar, 5 * 8192)
-                tma.async_copy_global_to_shared(x_desc, [token, x10], bar, xs1.index(stage * 2))
-                tma.async_copy_global_to_shared(x_desc, [token, x11], bar, xs1.index(stage * 2 + 1))
-            tma.async_copy_global_to_shared(dy_desc, [token, dy0], bar, dys0.index(stage))
-            tma.async_copy_global_to_shared(x_desc, [token, x00], bar, xs0.index(stage * 2))
-            tma.async_copy_global_to_shared(x_desc, [token, x01], bar, xs0.index(stage * 2 + 1))
+                load_tile(x_desc, [token, x10], bar, xs1.index(stage * 2))
+                load_tile(x_desc, [token, x11], bar, xs1.index(stage * 2 + 1))
+            load_tile(dy_desc, [token, dy0], bar, dys0.index(stage))
+            load_tile(x_desc, [token, x00], bar, xs0.index(stage * 2))
+            load_tile(x_desc, [token, x01], bar, xs0.index(stage * 2 + 1))
             phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
             stage = gl.where(stage == STAGES - 1, 0, stage + 1)
 
@@ -88,7 +95,7 @@ def _consume(
             sub = gl.load(units_ptr + unit * 10 + 6 + WHICH * 2 + i)
             if sub >= 0:
                 part = staging.slice(i * 64, 64, dim=0)
-                tma.async_copy_shared_to_global(dw_desc, [sub // SUBS * 64, sub % SUBS * 64], part)
+                store_tile(dw_desc, [sub // SUBS * 64, sub % SUBS * 64], part)
     tma.store_wait(0)
 
 
@@ -114,8 +121,8 @@ def sdd_kernel(
         xs1 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], SHARED)
         dys1 = dys0
     # The two 64-wide halves of a stage lie one after the other: the producer fills them one by one.
-    halves0 = xs0._reinterpret(DTYPE, [STAGES * 2, 64, 64], SHARED)
-    halves1 = xs1._reinterpret(DTYPE, [STAGES * 2, 64, 64], SHARED)
+    halves0 = view_as(xs0, DTYPE, [STAGES * 2, 64, 64], SHARED)
+    halves1 = view_as(xs1, DTYPE, [STAGES * 2, 64, 64], SHARED)
     full, empty = make_ring(STAGES)
     gl.warp_specialize(
         [

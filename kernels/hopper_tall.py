@@ -1,4 +1,4 @@
-"""`y = x W^T + bias` on Hopper GPUs for tall, narrow blocks: at least 128 output features by 8, 16 or 32 input ones.
+"""`y = x W^T + bias` on Hopper GPUs for tall, narrow blocks: at least 128 output features by 16 or 32 input ones.
 
 The panel of a block row is contiguous, so 64 packed columns of weights are one copy whatever `bi` is. The activations
 of those columns lie apart; they are read from a transposed copy of `x`, where each is a row of consecutive tokens.
@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsify.kernels.hopper_common import descriptor, make_ring, multiprocessors, store_transposed
+from sparsify.kernels.hopper_common import descriptor, load_tile, make_ring, multiprocessors, store_transposed
 from sparsify.kernels.schedule import tall_steps, tiles
 from sparsify.kernels.storage import Topology
 
@@ -73,9 +73,9 @@ def _produce(
             mbarrier.expect(bar, TOKENS * 128 + 16384)
             for part in gl.static_range(PARTS):
                 column = gl.load(column_ptr + step * PARTS + part) * BI
-                tma.async_copy_global_to_shared(x_desc, [column, token], bar, xs.index(stage * PARTS + part))
-            tma.async_copy_global_to_shared(w_desc, [panel, panel_column], bar, ws0.index(stage))
-            tma.async_copy_global_to_shared(w_desc, [panel, panel_column + 64], bar, ws1.index(stage))
+                load_tile(x_desc, [column, token], bar, xs.index(stage * PARTS + part))
+            load_tile(w_desc, [panel, panel_column], bar, ws0.index(stage))
+            load_tile(w_desc, [panel, panel_column + 64], bar, ws1.index(stage))
             panel += 64
             phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
             stage = gl.where(stage == STAGES - 1, 0, stage + 1)

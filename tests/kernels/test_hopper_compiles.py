@@ -11,6 +11,7 @@ import subprocess, sys, tempfile
 from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
 from sparsify.kernels import hopper_linear, hopper_sdd, hopper_tall
 from sparsify.kernels.hopper_common import LAYOUT
@@ -26,12 +27,14 @@ def check(kernel, descriptors, constants, numbers):
     source = GluonASTSource(kernel, types, {(names.index(n),): v for n, v in constants.items()}, {})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assert compiled.metadata.shared <= 232448, compiled.metadata.shared
-    assembler = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas"))
+    assembler = get_ptxas(90).path
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
         command = [assembler, "-v", "--gpu-name=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        report = done.stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in report, report
 
 kind, wide, *options = sys.argv[1:]
@@ -57,7 +60,6 @@ VARIANTS = [
     "linear wide no no",
     "linear narrow no yes",
     "tall wide 16",
-    "tall wide 8",
     "tall narrow 32",
     "sdd wide",
     "sdd narrow",
