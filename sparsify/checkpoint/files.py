@@ -62,7 +62,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
         tensors = _tensors(file, header, 8 + length)
     except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}; fetch it again") from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{file} has a damaged safetensors header ({error}): fetch it again") from error
     expected = max((tensor.begin + tensor.nbytes for tensor in tensors.values()), default=8 + length)

@@ -18,6 +18,27 @@ RECIPE_FILE = "sparsify_recipe.yaml"
 REPORT_FILE = "sparsify_report.json"
 
 
+def check_format(version: object, layers: object) -> dict[str, Any]:
+    """Checks the `format_version` and the `layers` of a `quantization_config`.
+
+    Returns:
+        The layers.
+
+    Raises:
+        CheckpointError: If the version is unknown, or an entry is malformed.
+    """
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has block-sparse format version {version!r}, this version of sparsify reads "
+            f"{FORMAT_VERSION}: upgrade block-sparsify"
+        )
+    if not isinstance(layers, Mapping):
+        raise CheckpointError("config.json: quantization_config has no `layers`: the checkpoint is damaged")
+    for name, entry in layers.items():
+        packed_weights(name, entry)
+    return dict(layers)
+
+
 def packed_weights(layer: str, entry: object) -> list[PackedWeight]:
     """Reads and checks the entry of one layer in `quantization_config["layers"]`.
 

@@ -15,8 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsify.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, packed_names, packed_weights
-from sparsify.errors import CheckpointError, ConfigError
+from sparsify.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, check_format, packed_names
+from sparsify.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,20 +44,9 @@ class BlockSparseConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **extra: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"the checkpoint has block-sparse format version {format_version!r}, this version of sparsify reads "
-                f"{FORMAT_VERSION}: upgrade block-sparsify"
-            )
-        if not isinstance(layers, Mapping):
-            raise CheckpointError(
-                "config.json: quantization_config has no `layers`: the checkpoint is damaged"
-            )
-        for name, entry in layers.items():
-            packed_weights(name, entry)
         self.quant_method: Any = quant_method
         self.format_version = format_version
-        self.layers = dict(layers)
+        self.layers = check_format(format_version, layers)
         self.extra = extra
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import torch
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.checkpoint.files import StoredTensor, read_headers, weight_files
 from sparsify.checkpoint.format import QUANT_METHOD, check_format, packed_weights
+from sparsify.checkpoint.sources import check_source, local_folder, read_config
 from sparsify.errors import CheckpointError
 from sparsify.kernels.storage import validate_indices
 from sparsify.layers.packed import PackedWeight
@@ -86,8 +85,8 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, or its indices are corrupted.
     """
-    folder = check_source(path)
-    config = _read_config(folder)
+    folder = check_source(path, trust_remote_code=True)  # none of it runs here
+    config = read_config(folder)
     files = weight_files(folder)
     stored = read_headers(files)
     quantization = config.get("quantization_config") or {}
@@ -104,31 +103,6 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     return CheckpointInfo(
         folder, config, layers, dense_bytes, sum(file.stat().st_size for file in files), files
     )
-
-
-def check_source(path: str | Path, trust_remote_code: bool = False) -> Path:
-    """Checks that a checkpoint, dense or block-sparse, is complete and safe to load, before anything is loaded.
-
-    Args:
-        path: A folder, or a name on the Hub (which is downloaded).
-        trust_remote_code: Whether Python code that comes with the checkpoint may run.
-
-    Returns:
-        The local folder.
-
-    Raises:
-        CheckpointError: If the folder, its `config.json` or a weight file is missing, a file is truncated, the
-            weights are a pickle, or the model needs code from the checkpoint.
-    """
-    folder = _local_folder(path)
-    config = _read_config(folder)
-    if "auto_map" in config and not _is_known_architecture(config) and not trust_remote_code:
-        raise CheckpointError(
-            f"{path} needs Python code that comes with the checkpoint, which is not run: use a model that "
-            f"transformers knows itself, or pass --trust-remote-code (trust_remote_code=True) if you trust that code"
-        )
-    read_headers(weight_files(folder))
-    return folder
 
 
 def check_weights(model: torch.nn.Module) -> None:
@@ -172,7 +146,7 @@ def load(
 
     register()
     folder = check_source(path, trust_remote_code)
-    model_class = _model_class(_read_config(folder), task)
+    model_class = _model_class(read_config(folder), task)
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
     if device is not None and str(device) != "cpu":
         options["device_map"] = device if str(device) == "auto" else {"": device}
@@ -210,7 +184,7 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
     """
     import transformers
 
-    folder = _local_folder(path)
+    folder = local_folder(path)
     candidates = (
         ("processor_config.json", "AutoProcessor"),
         ("tokenizer_config.json", "AutoTokenizer"),
@@ -227,50 +201,6 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
                 reason = str(error).strip().splitlines()[0]
                 raise CheckpointError(f"cannot load the {loader[4:].lower()} of {path}: {reason}") from error
     return None
-
-
-def _local_folder(path: str | Path) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{path} is a file: expected the folder of a checkpoint")
-    if isinstance(path, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
-        raise CheckpointError(
-            f"{path} does not exist: expected the folder of a checkpoint or a name on the Hub"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                path, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
-            )
-        )
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is neither a folder nor a checkpoint that the Hub gives us ({type(error).__name__}): check the "
-            f"name, the network, and `hf auth whoami`"
-        ) from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged ({error}): fetch it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is damaged (no mapping): fetch it again")
-    return config
-
-
-def _is_known_architecture(config: Mapping[str, Any]) -> bool:
-    import transformers
-
-    return any(hasattr(transformers, name) for name in config.get("architectures") or [])
 
 
 def _model_class(config: Mapping[str, Any], task: str | None) -> str:
