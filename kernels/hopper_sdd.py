@@ -146,6 +146,8 @@ def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) ->
     work = units(topo, (block_out, block_in))
     dw = x.new_empty(topo.col.numel(), block_in, block_out)
     count = work.table.shape[0]
+    if count == 0:
+        return dw
     sdd_kernel[(min(multiprocessors(x.device), count),)](
         descriptor(dw.view(-1, block_out), 64, 64),
         descriptor(dy, 64, 64), descriptor(x, 64, 64), work.table, count, triton.cdiv(x.shape[0], 64),
