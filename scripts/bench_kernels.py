@@ -9,7 +9,7 @@ whole `BlockSparseLinear` call: packing, transposition, work lists, descriptors 
 lists made by the warm-up call, as in use. Correctness against float64 comes first: a product that is off is an error,
 not a number. Weights and activations are random, masks uniformly random, the dense weight is not masked (zeros draw
 less power and run faster). Times are medians of single calls (bursts), all contestants interleaved, the L2 cache
-flushed before each; `sustained` repeats a call for a second. Decoding replays CUDA graphs over several copies of the
+flushed before each; *held* is the speed-up when each call is repeated for a second. Decoding replays CUDA graphs over several copies of the
 weight that together exceed the L2 cache.
 
 The limit is the larger of kept FLOPs over the dense rate and kept bytes over the copy rate, both measured in the run.
@@ -18,6 +18,7 @@ The limit is the larger of kept FLOPs over the dense rate and kept bytes over th
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -190,15 +191,14 @@ def decode(bench: Bench, shape: tuple[int, int], block: str, sparsity: float, to
     check(sparse, x)
 
     def replayed(layer: nn.Module) -> float:
-        size = sum(p.numel() for p in layer.parameters()) * 2
-        copies = [layer] + [type(layer).from_linear(dense, sparse.mask) if layer is sparse else nn.Linear(
-            shape[1], shape[0], bias=False, device="cuda", dtype=DTYPE) for _ in range(min(24, 1 + (240 << 20) // size))]  # fmt: skip
-        for copy in copies:
-            copy(x)
+        count = 2 + (240 << 20) // (2 * sum(p.numel() for p in layer.parameters()))
+        copies = [copy.deepcopy(layer) for _ in range(min(24, count))]
+        for twin in copies:
+            twin(x)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for copy in copies:
-                copy(x)
+            for twin in copies:
+                twin(x)
         return bench.interleaved({"graph": graph.replay})["graph"] / len(copies)
 
     limit = bench.limit(sparse.weight.numel(), tokens, shape)
@@ -281,10 +281,10 @@ def table(record: dict) -> str:
     lines = [
         "# Kernels: block-sparse layers against dense cuBLAS\n",
         f"`{record['command']}`\n",
-        f"{environment.get('gpu') or 'GPU'}, torch {torch.__version__}, bf16, dense {record['dense_tflops']:.0f} TFLOP/s, "
-        f"copy {record['copy_tb_per_s']:.1f} TB/s. Speed-ups over dense in the same run; the limit is what kept FLOPs "
-        "and bytes would allow at those rates.\n",
-        "| part | out x in | block | sparsity | tokens | dense us | ours us | speed-up | limit | torch BSR | sustained |",
+        f"{', '.join(environment['gpu'])}, torch {torch.__version__}, bf16, dense {record['dense_tflops']:.0f} "
+        f"TFLOP/s, copy {record['copy_tb_per_s']:.1f} TB/s. Speed-ups over dense in the same run; the limit is what "
+        "kept FLOPs and bytes would allow at those rates.\n",
+        "| part | out x in | block | sparsity | tokens | dense us | ours us | speed-up | limit | torch BSR | held |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,21 @@ def budget(dense: torch.Tensor, exact: torch.Tensor) -> float:
     return float(2 * (dense.double() - exact).abs().max() + 4 * rounding)
 
 
-def live_shapes(model: Any) -> dict[tuple[int, ...], str]:
-    """Shapes of all floating tensors alive in the process but the model's own dense parameters."""
+def live_tensors() -> list[torch.Tensor]:
+    """All floating tensors alive in the process."""
+    return [
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), torch.Tensor) and thing.is_floating_point()
+    ]
+
+
+def live_shapes(model: Any, others: list[weakref.ref[Any]]) -> set[tuple[int, ...]]:
+    """Shapes of the live tensors that are neither dense parameters of `model` nor among `others`."""
     sparse = {id(p) for module in sparse_modules(model).values() for p in module.parameters()}
     own = {id(p) for p in model.parameters()} - sparse
-    shapes = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and id(thing) not in own and thing.is_floating_point():
-            shapes[tuple(thing.shape)] = f"{type(thing).__name__} {thing.dtype}"
-    return shapes
+    foreign = {id(reference()) for reference in others}
+    return {tuple(tensor.shape) for tensor in live_tensors() if id(tensor) not in own | foreign}
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -112,6 +119,8 @@ def test_half_of_the_weights_is_gone(case: Architecture, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("case", ALL)
 def test_no_dense_copy_after_loading(case: Architecture, tmp_path: Path) -> None:
+    gc.collect()
+    others = [weakref.ref(tensor) for tensor in live_tensors()]  # what tests before this one left behind
     model = case.build()
     masks, selection = prune(model, case.block)
     convert(model, masks)
@@ -122,7 +131,7 @@ def test_no_dense_copy_after_loading(case: Architecture, tmp_path: Path) -> None
     loaded = case.load(tmp_path / "sparse")
     first_output(loaded, case.batch())
     gc.collect()
-    alive = live_shapes(loaded)
+    alive = live_shapes(loaded, others)
     for name, (shape, blocks) in expected.items():
         assert shape not in alive and shape[::-1] not in alive, (name, shape)
         assert masks_of(loaded)[name].blocks_kept == blocks
