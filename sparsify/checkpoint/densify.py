@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsify.checkpoint import reader, writer
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, OutputError
 from sparsify.layers.kinds import dense_parameters
 from sparsify.layers.swap import replace_module, sparse_modules
 
@@ -75,6 +75,8 @@ def plan(path: str | Path, out: str | Path, force: bool = False) -> tuple[reader
     info = reader.open_checkpoint(path)
     if not info.layers:
         raise CheckpointError(f"{path} is a dense checkpoint already: there is nothing to densify")
+    if Path(out).expanduser().resolve() == info.path.resolve():
+        raise OutputError(f"{out} is the checkpoint's own folder: choose another output folder")
     needed = info.dense_bytes + sum(layer.bytes_dense for layer in info.layers)
     writer.check_output(out, force, needed)
     return info, needed

@@ -190,7 +190,7 @@ def test_existing_output_is_replaced_only_by_force(clean, tmp_path, out):
     assert invoke("prune", clean, "--out", out, "--block", "32").exit_code == 0
     before = checkpoints.digests(out)
     refused("exists: choose another folder, or pass --force", "prune", clean, "--out", out, "--block", "16")
-    refused("exists: choose another folder, or pass --force", "densify", out, "--out", out)
+    refused("is the checkpoint's own folder", "densify", out, "--out", out, "--force")
     assert checkpoints.digests(out) == before
     assert invoke("prune", clean, "--out", out, "--block", "16", "--force").exit_code == 0
     assert checkpoints.digests(out) != before
