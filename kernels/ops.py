@@ -40,8 +40,59 @@ def block_sparse_linear(
     Raises:
         ValueError: If dtypes or the last dimension of `x` do not fit.
     """
-    y = torch.ops.sparsify.dsd(x.reshape(-1, x.shape[-1]), values, bias, list(topo), out_features)
+    flat = x.reshape(-1, x.shape[-1])
+    if not _plain(flat, values):
+        y = torch.ops.sparsify.dsd(flat, values, bias, list(topo), out_features)
+        return y.view(*x.shape[:-1], out_features)
+    device = flat.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        flat, values, bias = (
+            _cast(flat, dtype),
+            _cast(values, dtype),
+            bias if bias is None else _cast(bias, dtype),
+        )
+    wanted = flat.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        y = _Linear.apply(flat, values, bias, out_features, *topo)
+    else:
+        y = _dsd(flat, values, bias, topo, out_features)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _plain(x: Tensor, values: Tensor) -> bool:
+    """Whether nothing watches the call: then it goes to the kernel directly.
+
+    The dispatcher's Python layers cost 30 microseconds a call, and 250 where a gradient is wanted; they are needed
+    for tracing (compile, export), functional transforms, dispatch modes and tensor subclasses alone.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and type(values) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """`dsd` with its gradients, for eager mode; the backward pass calls the operators, so it is differentiable too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, *topo: Tensor
+    ) -> Tensor:
+        _save_for_dsd(ctx, (x, values, bias, topo, out_features), x)
+        return _dsd(x, values, bias, topo, out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        dx, dvalues, dbias, topo, _ = _backward_dsd(ctx, grads[0])
+        return dx, dvalues, dbias, None, *topo
 
 
 def _check(left: Tensor, right: Tensor, width: int, blocks: int, side: int) -> None:
@@ -105,8 +156,11 @@ def _backward_dsd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, values, *topology = ctx.saved_tensors
     dy = dy.contiguous()  # the gradient of a sum is expanded
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-    dx = torch.ops.sparsify.dds(dy, values, topology, ctx.in_features) if need_x else None
-    dvalues = torch.ops.sparsify.sdd(dy, x, topology, *ctx.block) if need_values else None
+    # Called directly unless somebody traces the backward pass or wants to differentiate it.
+    direct = not torch.is_grad_enabled() and all(_plain(dy, t) for t in (x, values) if t is not None)
+    dds, sdd = (_dds, _sdd) if direct else (torch.ops.sparsify.dds, torch.ops.sparsify.sdd)
+    dx = dds(dy, values, topology, ctx.in_features) if need_x else None
+    dvalues = sdd(dy, x, topology, *ctx.block) if need_values else None
     dbias = dy.sum(0) if ctx.has_bias and need_bias else None
     return dx, dvalues, dbias, [None] * len(topology), None
 
@@ -142,10 +196,7 @@ def _autocast(name: str, device_type: str) -> Any:
 
     def cast(*args: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
-        cast_args = [
-            a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
-            for a in args
-        ]
+        cast_args = [_cast(a, dtype) if isinstance(a, Tensor) else a for a in args]
         with torch.autocast(device_type, enabled=False):
             return getattr(torch.ops.sparsify, name)(*cast_args)
 

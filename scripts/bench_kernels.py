@@ -5,12 +5,12 @@ Prerequisite: a CUDA GPU, and this package installed or on the path. The command
     python scripts/bench_kernels.py --out docs/benchmarks
 
 `--only prefill,tokens,decode,training,shapes` picks parts; `--repeats 5` is quicker. Every figure is the time of a
-whole `BlockSparseLinear` call: packing, transposition, work lists, descriptors and launch included, with the work
-lists made by the warm-up call, as in use. Correctness against float64 comes first: a product that is off is an error,
-not a number. Weights and activations are random, masks uniformly random, the dense weight is not masked (zeros draw
-less power and run faster). Times are medians of single calls (bursts), all contestants interleaved, the L2 cache
-flushed before each; *held* is the speed-up when each call is repeated for a second. Decoding replays CUDA graphs over several copies of the
-weight that together exceed the L2 cache.
+whole `BlockSparseLinear` call: packing, transposition, descriptors and launch included, with the work lists made by
+the warm-up call, as in use. Correctness against float64 comes first: a product that is off is an error, not a number.
+Weights and activations are random, masks uniformly random, the dense weight is not masked (zeros draw less power and
+run faster). Times are medians of single calls (bursts), all contestants interleaved, the L2 cache flushed before
+each; *held* is the speed-up when each call is repeated for a second. Decoding replays CUDA graphs over several copies
+of the weight that together exceed the L2 cache.
 
 The limit is the larger of kept FLOPs over the dense rate and kept bytes over the copy rate, both measured in the run.
 """

@@ -129,7 +129,7 @@ class BlockSparseExperts(PackedModule):
                 continue
             token = slots // top_k_index.shape[1]
             hidden = self._project(self.first, expert, hidden_states[token])
-            hidden = self._gate(self, hidden) if self.gated else self.act_fn(hidden)
+            hidden = self._gate(self, hidden) if self.gated else self.act_fn(hidden)  # pyright: ignore[reportCallIssue]
             hidden = self._project(self.second, expert, hidden) * weights[slots, None]
             output.index_add_(0, token, hidden.to(output.dtype))
         return output

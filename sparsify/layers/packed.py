@@ -12,6 +12,9 @@ from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import CheckpointError
 from sparsify.kernels.storage import Topology, topology, unpack, validate_indices
 
+# Buffers that follow from the indices and are never saved; block numbers count within one matrix.
+_DERIVED = ("crow", "row", "t_crow", "t_row", "t_block")
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -39,10 +42,6 @@ class PackedWeight:
         return self.block.grid(self.shape)
 
 
-# Buffers that follow from the indices and are never saved; block numbers count within one matrix.
-_DERIVED = ("crow", "row", "t_crow", "t_row", "t_block")
-
-
 class PackedModule(nn.Module):
     """Base of modules that hold packed weights. Not used alone.
 
@@ -54,10 +53,15 @@ class PackedModule(nn.Module):
         super().__init__()
         self.packed: dict[str, PackedWeight] = {}
         self._starts: dict[str, list[int]] = {}
+        # Names of the buffers that make up each weight's `Topology`, in its order.
+        self._index_names: dict[str, tuple[str, ...]] = {}
 
     def _register(self, packed: PackedWeight, masks: list[BlockMask] | None) -> None:
         """Adds the index buffers of one weight; without masks their contents are still to be loaded."""
         self.packed[packed.name] = packed
+        derived_names = (f"_{packed.prefix}{field}" for field in _DERIVED[1:])
+        col_name = f"{packed.prefix}col_indices"
+        self._index_names[packed.name] = (f"_{packed.prefix}crow", col_name, *derived_names)
         rows, cols = packed.grid
         device = getattr(self, packed.name).device
         if masks is None:
@@ -109,16 +113,20 @@ class PackedModule(nn.Module):
 
     def topology(self, name: str, index: int = 0) -> Topology:
         """Index vectors of matrix `index` of the packed weight `name`."""
-        packed = self.packed[name]
-        crow, row, t_crow, t_row, t_block = (getattr(self, f"_{packed.prefix}{field}") for field in _DERIVED)
-        col = getattr(self, f"{packed.prefix}col_indices")
+        packed, buffers = self.packed[name], self._buffers
+        topo = Topology(*[buffers[key] for key in self._index_names[name]])  # pyright: ignore[reportArgumentType]
         if packed.count == 1:
-            return Topology(crow, col, row, t_crow, t_row, t_block)
+            return topo
         rows, cols = packed.grid
         own = self.block_range(name, index)
-        own_crow = crow[index * (rows + 1) : (index + 1) * (rows + 1)]
-        own_t_crow = t_crow[index * (cols + 1) : (index + 1) * (cols + 1)]
-        return Topology(own_crow, col[own], row[own], own_t_crow, t_row[own], t_block[own])
+        return Topology(
+            topo.crow[index * (rows + 1) : (index + 1) * (rows + 1)],
+            topo.col[own],
+            topo.row[own],
+            topo.t_crow[index * (cols + 1) : (index + 1) * (cols + 1)],
+            topo.t_row[own],
+            topo.t_block[own],
+        )
 
     def block_range(self, name: str, index: int = 0) -> slice:
         """Where the stored blocks of matrix `index` lie in the packed weight `name`."""
