@@ -71,6 +71,7 @@ class BlockSparseQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BlockSparseConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._packed_keys: list[str] = []
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses to sparsify on load.
@@ -87,12 +88,14 @@ class BlockSparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from sparsify.checkpoint import dtypes
         from sparsify.checkpoint.check import check_files
         from sparsify.checkpoint.skeleton import swap_in
         from sparsify.layers.swap import sparse_modules
 
         swap_in(model, self.quantization_config.layers)
         self._packed_keys = _packed_keys(sparse_modules(model))
+        self._dtypes = dtypes.wanted(model)
         if checkpoint_files is not None:
             check_files(model, self, checkpoint_files)
 
@@ -103,11 +106,13 @@ class BlockSparseQuantizer(HfQuantizer):
         return split(weight_conversions, self._packed_keys)[0]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from sparsify.checkpoint import dtypes
         from sparsify.checkpoint.check import check_loaded
         from sparsify.layers.swap import sparse_modules
 
         modules = sparse_modules(model)
         check_loaded(modules)
+        dtypes.settle(model, self._dtypes)
         for name, module in modules.items():
             module.refresh(name)
         # The weights are ordinary floating point: `.half()`, `.float()`, torch.compile and training all work, which

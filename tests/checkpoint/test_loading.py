@@ -55,6 +55,16 @@ def test_modules_kept_in_float32_stay_so(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, "t5").float(), logits(dense, "t5"), rtol=2e-2, atol=2e-2)
 
 
+def test_dtype_reaches_a_body_of_another_class(tmp_path: Path) -> None:
+    save_sparse("t5", tmp_path / "sparse")
+    loaded = hf.AutoModel.from_pretrained(tmp_path / "sparse", dtype=torch.float16)
+    kept = {name for name, p in loaded.named_parameters() if p.dtype == torch.float32}
+    assert kept == {name for name, _ in loaded.named_parameters() if ".wo." in name}
+    save_sparse("llama", tmp_path / "llama")
+    loaded = hf.AutoModel.from_pretrained(tmp_path / "llama", dtype=torch.float16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float16}
+
+
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
 def test_device_map(device_map: Any, tmp_path: Path) -> None:
     dense = save_sparse("llama", tmp_path / "sparse")
