@@ -1,22 +1,28 @@
-"""Group lasso on blocks: training shrinks whole blocks towards zero until the target sparsity is reached.
+"""Group lasso on blocks: training shrinks whole blocks to zero until the target sparsity is reached.
 
-The penalty is `sum_b t_b ||w_b||` over the blocks b of a weight, with `t_b` proportional to the square root of the
-block's size (Yuan & Lin, "Model selection and estimation in regression with grouped variables", 2006). It is not added
-to the loss, where Adam would rescale it, but applied after each optimizer step by its proximal operator
+The penalty is `sum_b t_b ||w_b||` over blocks b, with `t_b` proportional to the square root of the block's size
+(Yuan & Lin, "Model selection and estimation in regression with grouped variables", 2006). It is not added to the loss,
+where Adam would rescale it, but applied after each optimizer step by its proximal operator
 
     w_b <- w_b * max(0, 1 - t_b / ||w_b||)
 
-which takes the same amount off the root mean square of every block, `t = t_b / sqrt(size)`, and makes blocks exactly
-zero. The strength needs no tuning. With `q` the score that separates kept from removed blocks if the budget were
-enforced now, and `n` steps of the phase left, a step takes off `t = q / n`: what the loss does not defend arrives at
-zero with the last step. A block that the loss pushes above the rest stays, and another one takes its place.
+which takes the same `t` off the root mean square of every block, edge blocks too, and makes blocks exactly zero.
 
-Only the blocks that are being removed are shrunk, unless `shrink_all` is set: the trimmed penalty (Yun, Zheng, Yang,
-Lozano, Aravkin, "Trimming the l1 Regularizer", 2019) spares kept blocks the bias of the plain one.
+Only blocks that the budget would remove are penalised: the trimmed form (Yun, Zheng, Yang, Lozano, Aravkin, "Trimming
+the l1 Regularizer", 2019), which spares what is kept the lasso's bias. At progress `p` of the phase these are the
+blocks that a sparsity of `target * (1 - (1 - p / (1 - fade))^3)` removes (the ramp of Zhu & Gupta, "To prune, or not to
+prune", 2017): few at a time, fewer towards the end, so that the network can adapt; all of them from `p = 1 - fade` on.
+
+The strength needs no tuning. With `q` the highest score among the blocks to be removed, and `fade` the share of the
+phase that each of them may take, a step takes `t = q * step / fade` off. Near the end of the phase what is left of it
+takes the place of `fade`, so that the last step ends at zero. Also taken off is what the optimizer has added to such a
+block since the step before: Adam moves a weight by about the learning rate however small its gradient, and would keep
+any block alive that is smaller than that. Until a block is among the lowest, the loss alone decides where it ranks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,13 +41,21 @@ class GroupLasso(Pruner):
     """Shrinks blocks during training; `begin` gives it the budget, each `after_step` is one proximal step.
 
     Args:
-        shrink_all: Whether to shrink kept blocks as well, by the same amount: the plain group lasso.
+        fade: Share of the phase, above 0 and at most 1, over which a block shrinks to zero. Longer is gentler on
+            the block, but leaves less of the phase to train without it.
+
+    Raises:
+        PrunerError: If `fade` is out of range.
     """
 
     name = "group_lasso"
 
-    def __init__(self, shrink_all: bool = False) -> None:
-        self.shrink_all = shrink_all
+    def __init__(self, fade: float = 0.1) -> None:
+        if not 0.0 < fade <= 1.0:
+            raise PrunerError(
+                f"fade {fade} is out of range: it is a share of the phase, above 0 and at most 1"
+            )
+        self.fade = fade
         self._budget: Budget | None = None
         self._done = 0.0
 
@@ -52,33 +66,45 @@ class GroupLasso(Pruner):
         return (blocks.square().sum((2, 3)) / sizes).sqrt()
 
     def begin(self, layers: Sequence[PrunableLayer], budget: Budget, progress: float = 0.0) -> None:
-        """Sets the budget to arrive at when progress is 1."""
+        """Sets the budget that is met when progress is 1."""
         self._budget, self._done = budget, progress
 
     @torch.no_grad()
     def after_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
-        """Takes one proximal step.
+        """Takes one proximal step; each layer's statistic `rms` `(R, C)` is what it leaves of the blocks.
 
         Raises:
             PrunerError: If `begin` was not called, or weights became NaN or infinite.
         """
         if self._budget is None:
             raise PrunerError("group_lasso has no budget: call begin(layers, budget) before the first step")
-        left = 1.0 - self._done
-        share = min(max((progress - self._done) / left, 0.0), 1.0) if left > 0.0 else 1.0
+        left = min(self.fade, 1.0 - self._done)
+        share = min((progress - self._done) / left, 1.0) if progress < 1.0 else 1.0
         self._done = progress
         scores = {layer.name: self.score(layer) for layer in layers}
-        masks = self._budget.masks(scores, layers)
+        final = self._budget.masks(scores, layers)
+        now = self._ramped(self._budget, progress).masks(scores, layers)
         for layer in layers:
-            keep, score = masks[layer.name].keep.to(layer.weight.device), scores[layer.name]
-            if bool(keep.all()):
-                continue
-            threshold = score.masked_fill(keep, 0.0)
+            score = scores[layer.name]
+            # Rounded in another way, the lower budget may remove a block that the whole one keeps.
+            keep = (now[layer.name].keep | final[layer.name].keep).to(score.device)
+            before = torch.minimum(score, layer.statistics.get("rms", score))
             # Under the row scope every block row has a threshold of its own.
-            threshold = threshold.amax(1, keepdim=True) if self._budget.scope == "row" else threshold.amax()
-            factor = (1.0 - share * threshold / score).nan_to_num(0.0).clamp_min(0.0)
-            if not self.shrink_all:
-                factor = factor.masked_fill(keep, 1.0)
-            rows, cols = layer.shape
-            wide = factor.repeat_interleave(layer.block.rows, 0).repeat_interleave(layer.block.cols, 1)
-            layer.weight.mul_(wide[:rows, :cols])
+            removed = before.masked_fill(keep, 0.0)
+            threshold = removed.amax(1, keepdim=True) if self._budget.scope == "row" else removed.amax()
+            after = torch.where(keep, score, (before - share * threshold).clamp_min(0.0))
+            layer.statistics["rms"] = after
+            if not bool(keep.all()):
+                _scale(layer, torch.where(keep | (score == 0.0), 1.0, after / score))
+
+    def _ramped(self, budget: Budget, progress: float) -> Budget:
+        rising = 1.0 - self.fade
+        ramp = 1.0 - (1.0 - progress / rising) ** 3 if progress < rising else 1.0
+        return dataclasses.replace(budget, sparsity=max(budget.sparsity * ramp, 1.0 - budget.ceiling))
+
+
+def _scale(layer: PrunableLayer, factor: Tensor) -> None:
+    """Multiplies each block of the weight by its entry of `factor` `(R, C)`."""
+    rows, cols = layer.shape
+    wide = factor.repeat_interleave(layer.block.rows, 0).repeat_interleave(layer.block.cols, 1)
+    layer.weight.mul_(wide[:rows, :cols])
