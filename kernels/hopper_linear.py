@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparsify.kernels.hopper_common import descriptor, load_tile, make_ring, multiprocessors, store_transposed
+from sparsify.kernels.launch import launch
 from sparsify.kernels.schedule import steps, tiles
 from sparsify.kernels.storage import Topology
 
@@ -181,12 +182,15 @@ def _run(
     tile, stages = (256, 4) if wide else (128, 5)
     token_tiles = triton.cdiv(tokens, tile)
     bins, order = tiles(topo, (block_out, block_in, transposed), work.cost, token_tiles, programs)
-    linear_kernel[(bins.numel() - 1,)](
-        descriptor(y, tile // 2, 64),
-        descriptor(x, tile, 64), descriptor(values.view(-1, block_out), 64, 64), y if bias is None else bias,
-        bins, order, work.ptr, work.column, work.first, work.second, work.first_out, work.second_out, width,
-        PAIRED=work.paired, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
-        SUBS=block_out // 64, STAGES=stages, TOKENS=tile,
+    launch(
+        linear_kernel, (bins.numel() - 1, 1, 1),
+        (
+            descriptor(y, tile // 2, 64),
+            descriptor(x, tile, 64), descriptor(values.view(-1, block_out), 64, 64), y if bias is None else bias,
+            bins, order, work.ptr, work.column, work.first, work.second, work.first_out, work.second_out, width,
+        ),
+        (work.paired, transposed, bias is not None, block_out // 64, stages, tile),
+        x.device,
         num_warps=4,
     )  # fmt: skip
     return y

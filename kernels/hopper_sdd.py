@@ -29,6 +29,7 @@ from sparsify.kernels.hopper_common import (
     store_tile,
     view_as,
 )
+from sparsify.kernels.launch import launch
 from sparsify.kernels.schedule import units
 from sparsify.kernels.storage import Topology
 
@@ -148,10 +149,14 @@ def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) ->
     count = work.table.shape[0]
     if count == 0:
         return dw
-    sdd_kernel[(min(multiprocessors(x.device), count),)](
-        descriptor(dw.view(-1, block_out), 64, 64),
-        descriptor(dy, 64, 64), descriptor(x, 64, 64), work.table, count, triton.cdiv(x.shape[0], 64),
-        SHARED_X=work.shared, SUBS=block_out // 64, STAGES=6 if work.shared else 4,
+    launch(
+        sdd_kernel, (min(multiprocessors(x.device), count), 1, 1),
+        (
+            descriptor(dw.view(-1, block_out), 64, 64),
+            descriptor(dy, 64, 64), descriptor(x, 64, 64), work.table, count, triton.cdiv(x.shape[0], 64),
+        ),
+        (work.shared, block_out // 64, 6 if work.shared else 4),
+        x.device,
         num_warps=4,
     )  # fmt: skip
     return dw

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparsify.kernels.hopper_common import descriptor, load_tile, make_ring, multiprocessors, store_transposed
+from sparsify.kernels.launch import launch
 from sparsify.kernels.schedule import tall_steps, tiles
 from sparsify.kernels.storage import Topology
 
@@ -44,9 +45,9 @@ def _transposed(x: Tensor) -> Tensor:
     """`(K, M)` copy of `x` `(M, K)` whose rows are padded to what the copy engine can address."""
     tokens, features = x.shape
     xt = x.new_empty(features, triton.cdiv(tokens, 8) * 8)[:, :tokens]
-    _transpose_kernel[(triton.cdiv(tokens, 64), triton.cdiv(features, 64))](
-        xt, x, tokens, features, x.stride(0), xt.stride(0), BM=64, BK=64
-    )
+    grid = (triton.cdiv(tokens, 64), triton.cdiv(features, 64), 1)
+    strides = (x.stride(0), xt.stride(0))
+    launch(_transpose_kernel, grid, (xt, x, tokens, features, *strides), (64, 64), x.device, num_warps=4)
     return xt
 
 
@@ -170,12 +171,16 @@ def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_feat
     tile, stages = (256, 4) if wide else (128, 5)
     token_tiles = triton.cdiv(tokens, tile)
     bins, order = tiles(topo, ("tall", block_out, block_in), work.cost, token_tiles, programs)
-    tall_kernel[(bins.numel() - 1,)](
-        descriptor(y, tile // 2, 64),
-        descriptor(_transposed(x), block_in, tile), descriptor(values.view(-1, block_out), 64, 64),
-        y if bias is None else bias,
-        bins, order, work.ptr, work.panel, work.panel_column, work.column, work.out, out_features,
-        HAS_BIAS=bias is not None, BI=block_in, STAGES=stages, TOKENS=tile,
+    launch(
+        tall_kernel, (bins.numel() - 1, 1, 1),
+        (
+            descriptor(y, tile // 2, 64),
+            descriptor(_transposed(x), block_in, tile), descriptor(values.view(-1, block_out), 64, 64),
+            y if bias is None else bias,
+            bins, order, work.ptr, work.panel, work.panel_column, work.column, work.out, out_features,
+        ),
+        (bias is not None, block_in, stages, tile),
+        x.device,
         num_warps=4,
     )  # fmt: skip
     return y

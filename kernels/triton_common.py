@@ -14,14 +14,14 @@ import triton.language as tl
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def dot_options(dtype: torch.dtype) -> dict[str, object]:
-    """Compile-time arguments of a kernel's dot products for operands of `dtype`.
+def dot_options(dtype: torch.dtype) -> tuple[str, bool]:
+    """`PRECISION` and `WIDEN` of a kernel's dot products for operands of `dtype`.
 
     float32 follows `torch.backends.cuda.matmul.allow_tf32`, as dense torch does. Under the interpreter a bfloat16
     `tl.dot` returns garbage, so operands are widened to float32 first there.
     """
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not INTERPRET
-    return {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": INTERPRET}
+    return "tf32" if tf32 else "ieee", INTERPRET
 
 
 def token_tile(tokens: int) -> int:

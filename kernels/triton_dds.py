@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import dot, dot_options, token_tile
 
@@ -68,13 +69,16 @@ def dds(dy: Tensor, values: Tensor, topo: Topology, in_features: int) -> Tensor:
     cols, tile = topo.t_crow.numel() - 1, token_tile(tokens)
     if tokens == 0:
         return dx
-    _dds_kernel[(triton.cdiv(tokens, tile), cols)](
-        dx,
-        dy, values, topo.t_crow, topo.t_row, topo.t_block,
-        tokens, out_features, in_features,
-        dy.stride(0), dy.stride(1),
-        BI=block_in, BO=block_out, BM=tile, BK=max(32, min(block_out, 64)),
+    launch(
+        _dds_kernel, (triton.cdiv(tokens, tile), cols, 1),
+        (
+            dx,
+            dy, values, topo.t_crow, topo.t_row, topo.t_block,
+            tokens, out_features, in_features,
+            dy.stride(0), dy.stride(1),
+        ),
+        (block_in, block_out, tile, max(32, min(block_out, 64)), *dot_options(dy.dtype)),
+        dy.device,
         num_warps=8 if tile * block_in >= 128 * 128 else 4, num_stages=3 if dy.dtype != torch.float32 else 2,
-        **dot_options(dy.dtype),
     )  # fmt: skip
     return dx

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import dot, dot_options
 
@@ -89,7 +90,7 @@ _arrived: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def _counters(x: Tensor, rows: int) -> Tensor:
-    stream = torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0
+    stream = triton.runtime.driver.active.get_current_stream(x.device.index) if x.is_cuda else 0
     held = _arrived.setdefault((x.device, stream), [])
     if not held or held[-1].numel() < rows:
         held.append(torch.zeros(max(rows, 1024), dtype=torch.int32, device=x.device))
@@ -107,13 +108,15 @@ def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_feat
     chunks = triton.cdiv(cols * block_in, chunk)
     tile = 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
     partial = torch.empty(rows * chunks * tile * block_out, dtype=torch.float32, device=x.device)
-    _decode_kernel[(rows, chunks)](
-        y, partial, _counters(x, rows),
-        x, values, bias, topo.crow, topo.col,
-        tokens, out_features, in_features, x.stride(0), chunks,
-        HAS_BIAS=bias is not None, ONE=tokens == 1, BI=block_in, BO=block_out, BM=tile,
-        BK=step, CHUNK=chunk,
+    launch(
+        _decode_kernel, (rows, chunks, 1),
+        (
+            y, partial, _counters(x, rows),
+            x, values, bias, topo.crow, topo.col,
+            tokens, out_features, in_features, x.stride(0), chunks,
+        ),
+        (bias is not None, tokens == 1, block_in, block_out, tile, step, chunk, *dot_options(x.dtype)),
+        x.device,
         num_warps=8 if tokens == 1 and block_out >= 64 else 4, num_stages=3,
-        **dot_options(x.dtype),
     )  # fmt: skip
     return y

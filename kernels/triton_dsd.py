@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import dot, dot_options, token_tile
 
@@ -64,13 +65,16 @@ def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_feat
     rows, tile = topo.crow.numel() - 1, token_tile(tokens)
     if tokens == 0:
         return y
-    _dsd_kernel[(triton.cdiv(tokens, tile), rows)](
-        y,
-        x, values, bias, topo.crow, topo.col,
-        tokens, out_features, in_features,
-        x.stride(0), x.stride(1),
-        HAS_BIAS=bias is not None, BI=block_in, BO=block_out, BM=tile, BK=max(32, min(block_in, 64)),
+    launch(
+        _dsd_kernel, (triton.cdiv(tokens, tile), rows, 1),
+        (
+            y,
+            x, values, bias, topo.crow, topo.col,
+            tokens, out_features, in_features,
+            x.stride(0), x.stride(1),
+        ),
+        (bias is not None, block_in, block_out, tile, max(32, min(block_in, 64)), *dot_options(x.dtype)),
+        x.device,
         num_warps=8 if tile * block_out >= 128 * 128 else 4, num_stages=3 if x.dtype != torch.float32 else 2,
-        **dot_options(x.dtype),
     )  # fmt: skip
     return y

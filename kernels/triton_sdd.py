@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import dot, dot_options
 
@@ -55,13 +56,16 @@ def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) ->
     if blocks == 0:
         return dw
     tile_in, tile_out = min(block_in, TILE), min(block_out, TILE)
-    _sdd_kernel[(blocks, (block_in // tile_in) * (block_out // tile_out))](
-        dw,
-        dy, x, topo.row, topo.col,
-        x.shape[0], dy.shape[1], x.shape[1],
-        dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
-        BI=block_in, BO=block_out, TI=tile_in, TO=tile_out, BM=32,
+    launch(
+        _sdd_kernel, (blocks, (block_in // tile_in) * (block_out // tile_out), 1),
+        (
+            dw,
+            dy, x, topo.row, topo.col,
+            x.shape[0], dy.shape[1], x.shape[1],
+            dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
+        ),
+        (block_in, block_out, tile_in, tile_out, 32, *dot_options(x.dtype)),
+        x.device,
         num_warps=8 if tile_in * tile_out >= 128 * 128 else 4, num_stages=3 if x.dtype != torch.float32 else 2,
-        **dot_options(x.dtype),
     )  # fmt: skip
     return dw

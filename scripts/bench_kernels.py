@@ -4,9 +4,9 @@ Prerequisite: a CUDA GPU, and this package installed or on the path. The command
 
     python scripts/bench_kernels.py --out docs/benchmarks
 
-`--only prefill,tokens,decode,training,shapes` picks parts; `--repeats 5` is quicker. Every figure is the time of a
-whole `BlockSparseLinear` call: packing, transposition, descriptors and launch included, with the work lists made by
-the warm-up call, as in use. Correctness against float64 comes first: a product that is off is an error, not a number.
+`--only prefill,tokens,decode,training,shapes` picks parts; `--repeats 5` is quicker. Every figure is the GPU's time
+for a whole `BlockSparseLinear` call, replayed as a CUDA graph: transposition and packing included, with the work lists
+made by the warm-up call, as in use (training is not captured). What the host needs to issue a call is given apart. Correctness against float64 comes first: a product that is off is an error, not a number.
 Weights and activations are random, masks uniformly random, the dense weight is not masked (zeros draw less power and
 run faster). Times are medians of single calls (bursts), all contestants interleaved, the L2 cache flushed before
 each; *held* is the speed-up when each call is repeated for a second. Decoding replays CUDA graphs over several copies
@@ -84,6 +84,32 @@ class Bench:
         a = torch.randn(8192, 8192, device="cuda", dtype=DTYPE)
         self.dense_rate = 2 * 8192**3 / self.interleaved({"mm": lambda: a @ a})["mm"]  # FLOP/us
         self.rows: list[Row] = []
+        self.host_times: dict[str, float] = {}
+
+    @staticmethod
+    def captured(call: Callable[[], object]) -> Callable[[], object]:
+        """The call as a CUDA graph, so that its time is the GPU's alone; the call itself if it cannot be captured."""
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError:
+            return call
+        return graph.replay
+
+    @staticmethod
+    def host(call: Callable[[], object], calls: int = 300) -> float:
+        """Microseconds that the host needs to issue one call."""
+        call()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        issued = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        return issued / calls * 1e6
 
     def interleaved(self, contestants: dict[str, Callable[[], object]]) -> dict[str, float]:
         """Median microseconds of each call, taken in turns."""
@@ -164,18 +190,18 @@ def prefill(
     dense, sparse = make(shape, block, sparsity)
     x = torch.randn(tokens, shape[1], device="cuda", dtype=DTYPE)
     check(sparse, x)
-    contestants: dict[str, Callable[[], object]] = {"dense": lambda: dense(x), "ours": lambda: sparse(x)}
+    contestants = {"dense": bench.captured(lambda: dense(x)), "ours": bench.captured(lambda: sparse(x))}
     if full:
         try:
             bsr = sparse.dense_weight().to_sparse_bsr((sparse.block_shape.rows, sparse.block_shape.cols))
             nn.functional.linear(x, bsr)
-            contestants["bsr"] = lambda: nn.functional.linear(x, bsr)
+            contestants["bsr"] = bench.captured(lambda: nn.functional.linear(x, bsr))
         except RuntimeError:
             pass  # torch has no kernel for this block shape
     times = bench.interleaved(contestants)
     held = None
     if full and sparsity == 0.75:
-        held = bench.sustained(lambda: dense(x)) / bench.sustained(lambda: sparse(x))
+        held = bench.sustained(contestants["dense"]) / bench.sustained(contestants["ours"])
     limit = bench.limit(sparse.weight.numel(), tokens, shape)
     bench.add(
         Row(
@@ -227,6 +253,18 @@ def training(bench: Bench, shape: tuple[int, int], block: str, sparsity: float, 
     bench.add(Row("training", shape, block, sparsity, tokens, times["dense"], times["ours"], limit))
 
 
+def host_times(bench: Bench) -> None:
+    """What the host needs to issue one call, layer and all, without CUDA graphs."""
+    dense, sparse = make((512, 512), "64x64", 0.5)
+    for tokens in (1, 256):
+        x = torch.randn(tokens, 512, device="cuda", dtype=DTYPE)
+        for name, layer in (("dense", dense), ("ours", sparse)):
+            bench.host_times[f"{name}, {tokens} tokens"] = round(
+                bench.host(lambda layer=layer, x=x: layer(x)), 1
+            )
+    print("host us per call:", bench.host_times)
+
+
 def run(bench: Bench, parts: list[str]) -> None:
     """All measurements of the parts asked for."""
     if "prefill" in parts:
@@ -267,6 +305,7 @@ def write(bench: Bench, out: Path, arguments: argparse.Namespace) -> None:
         "dense_tflops": bench.dense_rate / 1e6,
         "copy_tb_per_s": bench.copy_rate / 1e6,
         "repeats": arguments.repeats,
+        "host_us_per_call": bench.host_times,
         "rows": [asdict(row) | {"speedup": row.speedup} for row in bench.rows],
     }
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -283,7 +322,10 @@ def table(record: dict) -> str:
         f"`{record['command']}`\n",
         f"{', '.join(environment['gpu'])}, torch {torch.__version__}, bf16, dense {record['dense_tflops']:.0f} "
         f"TFLOP/s, copy {record['copy_tb_per_s']:.1f} TB/s. Speed-ups over dense in the same run; the limit is what "
-        "kept FLOPs and bytes would allow at those rates.\n",
+        "kept FLOPs and bytes would allow at those rates; *held* is the speed-up when a call is repeated for a second.\n",
+        "Host time to issue a call, microseconds: "
+        + "; ".join(f"{name} {value}" for name, value in record["host_us_per_call"].items())
+        + ".\n",
         "| part | out x in | block | sparsity | tokens | dense us | ours us | speed-up | limit | torch BSR | held |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -345,6 +387,7 @@ def main() -> None:
     bench = Bench(arguments.repeats)
     print(f"dense {bench.dense_rate / 1e6:.0f} TFLOP/s, copy {bench.copy_rate / 1e6:.2f} TB/s")
     with torch.no_grad():
+        host_times(bench)
         run(bench, [part for part in parts if part != "training"])
     run(bench, [part for part in parts if part == "training"])
     write(bench, arguments.out, arguments)
