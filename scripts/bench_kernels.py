@@ -6,11 +6,12 @@ Prerequisite: a CUDA GPU, and this package installed or on the path. The command
 
 `--only prefill,tokens,decode,training,shapes` picks parts; `--repeats 5` is quicker. Every figure is the GPU's time
 for a whole `BlockSparseLinear` call, replayed as a CUDA graph: transposition and packing included, with the work lists
-made by the warm-up call, as in use (training is not captured). What the host needs to issue a call is given apart. Correctness against float64 comes first: a product that is off is an error, not a number.
-Weights and activations are random, masks uniformly random, the dense weight is not masked (zeros draw less power and
-run faster). Times are medians of single calls (bursts), all contestants interleaved, the L2 cache flushed before
-each; *held* is the speed-up when each call is repeated for a second. Decoding replays CUDA graphs over several copies
-of the weight that together exceed the L2 cache.
+made by the warm-up call, as in use (training is not captured). What the host needs to issue a call is given apart.
+Correctness against float64 comes first: a product that is off is an error, not a number. Weights and activations are
+random, masks uniformly random, the dense weight is not masked (zeros draw less power and run faster). Times are
+medians of single calls (bursts), all contestants interleaved, the L2 cache flushed before each; *held* is the
+speed-up when each call is repeated for a second. Decoding replays CUDA graphs over several copies of the weight that
+together exceed the L2 cache.
 
 The limit is the larger of kept FLOPs over the dense rate and kept bytes over the copy rate, both measured in the run.
 """
@@ -322,7 +323,7 @@ def table(record: dict) -> str:
         f"`{record['command']}`\n",
         f"{', '.join(environment['gpu'])}, torch {torch.__version__}, bf16, dense {record['dense_tflops']:.0f} "
         f"TFLOP/s, copy {record['copy_tb_per_s']:.1f} TB/s. Speed-ups over dense in the same run; the limit is what "
-        "kept FLOPs and bytes would allow at those rates; *held* is the speed-up when a call is repeated for a second.\n",
+        "kept FLOPs and bytes would allow at those rates; *held* is the speed-up of calls repeated for a second.\n",
         "Host time to issue a call, microseconds: "
         + "; ".join(f"{name} {value}" for name, value in record["host_us_per_call"].items())
         + ".\n",
