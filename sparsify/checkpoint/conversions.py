@@ -9,11 +9,13 @@ back as themselves, which is nearly everywhere: packed experts then lie in the f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 # A `WeightRenaming` or `WeightConverter` of transformers, whose module has no stable public name for both.
@@ -78,6 +80,30 @@ def for_saving(model: PreTrainedModel, packed: Iterable[str]) -> list[Conversion
         mapping = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
     return split(conversions, packed)[0]
+
+
+@contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """Inside the block, `save_pretrained` writes a model's own names wherever they load back as themselves.
+
+    For training: `Trainer` resumes by the model's names, and merely warns about weights that it does not find under
+    them, so that the experts of a resumed Mixtral would not be those of its checkpoint.
+
+    Args:
+        model: Any model; only transformers models have conversions.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or getattr(model, "hf_quantizer", None) is not None:
+        yield  # a block-sparse model does so anyway
+        return
+    before = getattr(model, "_weight_conversions", None)
+    untyped: Any = model
+    untyped._weight_conversions = for_saving(model, [])
+    try:
+        yield
+    finally:
+        untyped._weight_conversions = before
 
 
 class KeyMap:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from sparsify.checkpoint.conversions import own_names
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.progress import Advance, Progress
 from sparsify.recipe import FinetuneStage
@@ -61,15 +62,19 @@ def train(
     arguments = _arguments(stage, folder, seed, device)
     progress = progress or Progress()
     was_training = model.training
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
     model.train()
     try:
-        with _float32_weights(model), progress.task("training") as advance:
+        with _float32_weights(model), own_names(model), progress.task("training") as advance:
             follow = _Follow(progress, advance)
             trainer = _Trainer(samples, model=model, args=arguments, callbacks=[*callbacks, follow])
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         model.train(was_training)
+        if use_cache is not None:
+            config.use_cache = use_cache  # the Trainer turns it off, and it would be saved that way
     kept = ("step", "loss", "learning_rate", "epoch")
     return [{key: entry[key] for key in kept} for entry in trainer.state.log_history if "loss" in entry]
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 from sparsify.checkpoint import reader, writer
+from sparsify.checkpoint.conversions import own_names
 from sparsify.checkpoint.quantizer import attach
 from sparsify.layers.swap import convert, masks_of, sparse_modules
 from tests.architectures.zoo import BY_NAME, prune
@@ -83,6 +85,23 @@ def test_train_checkpoint_resume(folder: Path, tmp_path: Path) -> None:
         sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoint-4").glob("*.safetensors"))
         == (folder / "model.safetensors").stat().st_size
     )
+
+
+def test_dense_experts_resume_under_their_own_names(tmp_path: Path) -> None:
+    """The search on dense weights: without `own_names`, Trainer would go on with other experts, and only warn."""
+    case = BY_NAME["mixtral"]
+    model, again = case.build(), case.build()
+    with own_names(model):
+        trainer(model, tmp_path / "run", 4).train()
+    trainer(again, tmp_path / "again", 4).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], tensor, msg=key)
+    loaded = case.load(tmp_path / "run" / "checkpoint-4")
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    model.save_pretrained(tmp_path / "after")
+    names = load_file(tmp_path / "after" / "model.safetensors").keys()
+    assert any(".block_sparse_moe.experts.0.w1." in name for name in names)
 
 
 def test_optimizer_state_exists_for_stored_blocks_alone(folder: Path, tmp_path: Path) -> None:
