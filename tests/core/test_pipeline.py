@@ -228,6 +228,7 @@ def test_bfloat16_weights_are_trained_in_float32_and_stay_bfloat16(tmp_path, mak
     assert result.report is not None
     losses = [point["loss"] for point in result.report["history"][0]["points"]]
     assert losses[-1] < losses[0] - 0.3
+    assert result.model.config.use_cache  # the Trainer turns it off while it trains
 
 
 @pytest.mark.parametrize(
