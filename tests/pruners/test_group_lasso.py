@@ -148,7 +148,7 @@ def test_a_plain_training_loop_with_any_optimizer_lands_on_the_target(optimizer:
             # The last step has next to nothing left to cut.
             assert gone < 1e-2 * sum(float(square.sum()) for square in squares.values())
         pruner.after_step(layers, (step + 1) / total)
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert abs(zero_share(layers) - sparsity) < 0.02
     assert sum(losses[-10:]) < 1.5 * sum(losses[:10])  # it learned under the penalty, or did not fall apart
 
