@@ -103,8 +103,14 @@ def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_feat
     _, block_in, block_out = values.shape
     y = x.new_empty(tokens, out_features)
     rows, cols = topo.crow.numel() - 1, topo.t_crow.numel() - 1
-    step = max(32, min(block_in, 64)) if block_out <= 128 else 32
-    chunk = 512 if rows <= 64 else 256
+    # Measured on an H200: one load of the whole chunk is best, except for tall blocks of several tokens.
+    if tokens == 1:
+        chunk = min(512, max(64, 16384 // block_out))
+    elif block_out <= 64:
+        chunk = min(256, 8192 // block_out)
+    else:
+        chunk = 512 if rows <= 64 else 256
+    step = chunk if tokens == 1 or block_out <= 64 else 64 if block_out <= 128 else 32
     chunks = triton.cdiv(cols * block_in, chunk)
     tile = 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
     partial = torch.empty(rows * chunks * tile * block_out, dtype=torch.float32, device=x.device)
@@ -117,6 +123,6 @@ def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_feat
         ),
         (bias is not None, tokens == 1, block_in, block_out, tile, step, chunk, *dot_options(x.dtype)),
         x.device,
-        num_warps=8 if tokens == 1 and block_out >= 64 else 4, num_stages=3,
+        num_warps=8 if tokens > 1 and block_out <= 64 else 4, num_stages=3,
     )  # fmt: skip
     return y

@@ -6,7 +6,7 @@ Prerequisite: a CUDA GPU, and this package installed or on the path. The command
 
 `--only prefill,tokens,decode,training,shapes` picks parts; `--repeats 5` is quicker. Every figure is the GPU's time
 for a whole `BlockSparseLinear` call, replayed as a CUDA graph: transposition and packing included, with the work lists
-made by the warm-up call, as in use (training is not captured). What the host needs to issue a call is given apart.
+made by the warm-up call, as in use. What the host needs to issue a call is given apart.
 Correctness against float64 comes first: a product that is off is an error, not a number. Weights and activations are
 random, masks uniformly random, the dense weight is not masked (zeros draw less power and run faster). Times are
 medians of single calls (bursts), all contestants interleaved, the L2 cache flushed before each; *held* is the
@@ -249,7 +249,7 @@ def training(bench: Bench, shape: tuple[int, int], block: str, sparsity: float, 
     for name, actual, exact in (("dX", dx, exact_dx), ("dW", dw, exact_dw)):
         if not (actual.float() - exact.float()).norm() < 1e-2 * exact.float().norm():
             sys.exit(f"error: {name} of {sparse} differs from the dense layer's; nothing is reported")
-    times = bench.interleaved({"dense": step(dense), "ours": step(sparse)})
+    times = bench.interleaved({"dense": bench.captured(step(dense)), "ours": bench.captured(step(sparse))})
     limit = bench.limit(sparse.weight.numel(), tokens, shape, products=3)
     bench.add(Row("training", shape, block, sparsity, tokens, times["dense"], times["ours"], limit))
 
