@@ -35,26 +35,21 @@ def _dds_kernel(
     lane = tl.arange(0, BK)
     begin = tl.load(t_crow_ptr + col)
     packed = (tl.load(t_crow_ptr + col + 1) - begin) * BO
-    dy_rows = dy_ptr + m.to(tl.int64)[:, None] * stride_ym
+    dy_offset = m.to(tl.int64)[:, None] * stride_ym
+    w_offset = i[None, :] * BO
     acc = tl.zeros((BM, BI), dtype=tl.float32)
     for start in range(0, packed, BK):
         step = start + lane  # [BK] position in the column's packed output features
         inside = step < packed
-        if BO >= BK:  # the whole step lies in one block
-            o = start % BO + lane
-            n = tl.load(t_row_ptr + begin + start // BO) * BO + o
-            w_rows = tl.load(t_block_ptr + begin + start // BO).to(tl.int64) * (BI * BO) + o
-        else:
-            o = step % BO
-            n = tl.load(t_row_ptr + begin + step // BO, mask=inside, other=0) * BO + o
-            w_rows = (
-                tl.load(t_block_ptr + begin + step // BO, mask=inside, other=0).to(tl.int64) * (BI * BO) + o
-            )
+        # An index for each lane, for the pipeline's sake: see triton_dsd.
+        n = tl.load(t_row_ptr + begin + step // BO, mask=inside, other=0) * BO + step % BO
+        block = tl.load(t_block_ptr + begin + step // BO, mask=inside, other=0).to(tl.int64)
         dy_mask = (m[:, None] < M) & (inside & (n < N))[None, :]
-        dy = tl.load(dy_rows + n.to(tl.int64)[None, :] * stride_yn, mask=dy_mask, other=0.0)  # [BM, BK]
-        w = tl.load(
-            values_ptr + w_rows[:, None] + i[None, :] * BO, mask=inside[:, None], other=0.0
-        )  # [BK, BI]
+        dy = tl.load(
+            dy_ptr + dy_offset + n.to(tl.int64)[None, :] * stride_yn, mask=dy_mask, other=0.0
+        )  # [BM, BK]
+        w_rows = (block * (BI * BO) + step % BO)[:, None]
+        w = tl.load(values_ptr + w_rows + w_offset, mask=inside[:, None], other=0.0)  # [BK, BI]
         acc = dot(dy, w, acc, PRECISION, WIDEN)
     k = col * BI + i
     out = dx_ptr + m.to(tl.int64)[:, None] * K + k[None, :]

@@ -49,10 +49,7 @@ def _decode_kernel(
     for start in range(chunk * CHUNK, end, BK):
         step = start + lane
         inside = step < end
-        if BI >= BK:
-            k = tl.load(col_ptr + begin + start // BI) * BI + start % BI + lane
-        else:
-            k = tl.load(col_ptr + begin + step // BI, mask=inside, other=0) * BI + step % BI
+        k = tl.load(col_ptr + begin + step // BI, mask=inside, other=0) * BI + step % BI
         inside_x = inside & (k < K)
         w = tl.load(panel_ptr + step[:, None] * BO + o[None, :], mask=inside[:, None], other=0.0)  # [BK, BO]
         if ONE:

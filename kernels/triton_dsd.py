@@ -37,19 +37,20 @@ def _dsd_kernel(
     begin = tl.load(crow_ptr + row)
     packed = (tl.load(crow_ptr + row + 1) - begin) * BI
     panel_ptr = values_ptr + begin.to(tl.int64) * (BI * BO)
-    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_xm
+    w_offset = lane[:, None] * BO + tl.arange(0, BO)[None, :]
+    x_offset = m.to(tl.int64)[:, None] * stride_xm
     acc = tl.zeros((BM, BO), dtype=tl.float32)
     for start in range(0, packed, BK):
         step = start + lane  # [BK] position in the row's packed columns
         inside = step < packed
-        if BI >= BK:  # the whole step lies in one block
-            k = tl.load(col_ptr + begin + start // BI) * BI + start % BI + lane
-        else:
-            k = tl.load(col_ptr + begin + step // BI, mask=inside, other=0) * BI + step % BI
+        # A column for each lane even where all lanes share a block: a scalar load here would not be pipelined, and
+        # its latency in every step costs half the speed and more.
+        k = tl.load(col_ptr + begin + step // BI, mask=inside, other=0) * BI + step % BI
         x_mask = (m[:, None] < M) & (inside & (k < K))[None, :]
-        x = tl.load(x_rows + k.to(tl.int64)[None, :] * stride_xk, mask=x_mask, other=0.0)  # [BM, BK]
-        w_offset = step.to(tl.int64)[:, None] * BO + tl.arange(0, BO)[None, :]
-        w = tl.load(panel_ptr + w_offset, mask=inside[:, None], other=0.0)  # [BK, BO]
+        x = tl.load(
+            x_ptr + x_offset + k.to(tl.int64)[None, :] * stride_xk, mask=x_mask, other=0.0
+        )  # [BM, BK]
+        w = tl.load(panel_ptr + start * BO + w_offset, mask=inside[:, None], other=0.0)  # [BK, BO]
         acc = dot(x, w, acc, PRECISION, WIDEN)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
