@@ -166,12 +166,11 @@ class _Run:
         state.kept_dense = [
             KeptDense(e["name"], tuple(e["shape"]), e["reason"]) for e in saved.get("kept_dense", [])
         ]
-        if state.packed:  # the source is block-sparse already, or an earlier run packed it
-            state.masks = {
-                name: BlockMask(mask.keep.cpu(), mask.shape, mask.block)
-                for name, mask in masks_of(model).items()
-            }
-        elif self.work and saved.get("masks"):
+        # The source is block-sparse already, or an earlier run packed it.
+        state.masks = {
+            name: BlockMask(mask.keep.cpu(), mask.shape, mask.block) for name, mask in masks_of(model).items()
+        }
+        if self.work and saved.get("masks"):
             state.masks = self.work.read_masks(saved["masks"])
             restore_masks(model, state.masks)
             if saved["packed"]:

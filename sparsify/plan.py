@@ -254,8 +254,8 @@ def _needs_task(recipe: Recipe, plan: Plan) -> None:
 
 
 def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan) -> int:
-    """Fills in what will be pruned; returns the bytes that packing the last pruning's layers would save."""
-    saved = 0
+    """Fills in what will be pruned; returns the bytes that packing the pruned layers would save."""
+    saved: dict[str, int] = {}
     for stage in recipe.stages:
         settings = stage if isinstance(stage, PruneStage) else getattr(stage, "pruner", None)
         if settings is None:
@@ -266,8 +266,8 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan) -> int:
         ]
         plan.kept_dense = selection.dense
         plan.sparsity, plan.scope = settings.sparsity, settings.scope
-        saved = sum(_saved_bytes(layer, settings.sparsity) for layer in selection.layers)
-    return saved
+        saved |= {layer.name: _saved_bytes(layer, settings.sparsity) for layer in selection.layers}
+    return sum(saved.values())
 
 
 def _saved_bytes(layer: PrunableLayer, sparsity: float) -> int:

@@ -16,8 +16,9 @@ def run(stage: ConvertStage, state: State) -> None:
 
 def pack(state: State) -> None:
     """Swaps masked layers for block-sparse ones that hold the kept blocks alone."""
-    if state.packed:
+    masks = state.dense_masks
+    if not masks:
         return
     with state.progress.task("packing blocks"):
-        swap.convert(state.model, state.masks)
+        swap.convert(state.model, masks)
         attach(state.model)

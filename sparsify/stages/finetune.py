@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsify import masking
+from sparsify.layers.swap import sparse_modules
 from sparsify.recipe import FinetuneStage
 from sparsify.stages.convert import pack
 from sparsify.stages.heal_choice import faster_form
@@ -32,10 +33,11 @@ def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:
     assert settings is not None
     pruner, selection = prepare(state.model, settings, state.statistics)
     state.keep()
+    searched = {layer.name for layer in selection.layers}
+    fixed = {name: mask for name, mask in state.dense_masks.items() if name not in searched}
+    masking.mask_model(state.model, fixed, dense_gradient=False)
     _train(stage, state, samples, PruningCallback(pruner, selection.layers, budget(settings), settings.until))
-    state.masks = masking.unmask(state.model)
-    state.kept_dense = selection.dense
-    state.statistics = {}
+    state.prune(masking.unmask(state.model), selection.dense)
     state.trained = settings.until < 1
 
 
@@ -55,7 +57,7 @@ def _heal(stage: FinetuneStage, state: State, samples: Samples, length: int) -> 
 
 def _form(stage: FinetuneStage, state: State, tokens: int) -> str:
     """`packed`, `masked`, or `dense` where there is no mask."""
-    if state.packed:
+    if sparse_modules(state.model):  # of a block-sparse source, perhaps with more masks since
         return "packed"
     if not state.masks:
         return "dense"

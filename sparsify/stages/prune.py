@@ -24,9 +24,7 @@ def run(stage: PruneStage, state: State) -> None:
     compensates = type(pruner).update_weights is not Pruner.update_weights
     # Masks alone describe what happened, unless the kept weights change or zeros of earlier masks come back.
     state.changed |= compensates or bool(state.masks)
-    state.masks = prune_layers(pruner, selection.layers, budget(stage), state.progress)
-    state.kept_dense = selection.dense
-    state.statistics = {}
+    state.prune(prune_layers(pruner, selection.layers, budget(stage), state.progress), selection.dense)
     state.trained = False
 
 
@@ -54,7 +52,7 @@ def prepare(
         if missing:
             raise ConfigError(
                 f"pruner {settings.method!r} needs the statistic {min(missing)!r} of layer {layer.name}: put a "
-                f"calibrate stage before it (in Python, give `calibration`)"
+                f"calibrate stage before it (with `sparsify prune` give --data, in Python `calibration`)"
             )
     return pruner, selection
 

@@ -29,7 +29,8 @@ def build(state: State) -> dict[str, Any]:
         `history` (losses of each finetune stage) and `notes`.
     """
     element_size = state.model.dtype.itemsize
-    layers = [layer_entry(name, mask, state.packed, element_size) for name, mask in state.masks.items()]
+    dense = state.dense_masks
+    layers = [layer_entry(name, mask, name not in dense, element_size) for name, mask in state.masks.items()]
     return {
         "sparsify": sparsify.__version__,
         "environment": measure.environment(),

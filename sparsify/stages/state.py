@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsify.blocks import BlockMask
-from sparsify.layers.swap import sparse_modules
+from sparsify.layers.swap import masks_of, sparse_modules
 from sparsify.progress import Progress
 from sparsify.recipe import Recipe
 from sparsify.targets import KeptDense
@@ -67,8 +67,23 @@ class State:
 
     @property
     def packed(self) -> bool:
-        """Whether the model's layers hold packed values."""
-        return bool(sparse_modules(self.model))
+        """Whether the model has block-sparse layers and no mask is left that applies to dense ones."""
+        return bool(sparse_modules(self.model)) and not self.dense_masks
+
+    @property
+    def dense_masks(self) -> dict[str, BlockMask]:
+        """The masks in force whose weights are not packed yet, by the name of the matrix."""
+        done = masks_of(self.model)
+        return {name: mask for name, mask in self.masks.items() if name not in done}
+
+    def prune(self, masks: dict[str, BlockMask], kept_dense: list[KeptDense]) -> None:
+        """Takes in the masks of a pruning; those that earlier prunings made for other weights stay in force."""
+        self.masks = {**self.masks, **masks}
+        names = [f"{name}." for name in self.masks]
+        self.kept_dense = [
+            kept for kept in kept_dense if not any(name.startswith(f"{kept.name}.") for name in names)
+        ]
+        self.statistics = {}
 
     def note(self, text: str) -> None:
         """Tells the user, and the report, about a choice."""
