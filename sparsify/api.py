@@ -275,9 +275,9 @@ def evaluate(
         (what could not be measured) and `environment`.
 
     Raises:
-        CheckpointError: If a checkpoint cannot be loaded.
+        CheckpointError: If a checkpoint cannot be loaded, or holds NaN or infinite weights.
         DataError: If the data cannot be read.
-        ConfigError: If the model is of no task that can be scored.
+        ConfigError: If the model is of no task that can be scored, or a number is out of range.
     """
     from sparsify import data as data_files
     from sparsify.checkpoint import reader
@@ -288,6 +288,9 @@ def evaluate(
     from sparsify.stages.evaluate import evaluate_models
 
     progress = progress or Progress()
+    if batch < 1 or any(count < 1 for count in latency_tokens):
+        wrong = f"batch {batch}" if batch < 1 else f"token count {min(latency_tokens)}"
+        raise ConfigError(f"{wrong} is out of range: it must be at least 1")
     if data is not None:
         data_files.check(data)
     place = resolve_device(device)
@@ -297,6 +300,7 @@ def evaluate(
         with progress.task(f"loading {source}"):
             precision = None if dtype == "auto" else dtype
             model = reader.load(source, place, precision, None if task == "auto" else task, trust_remote_code)
+        reader.check_weights(model)
         kind = "sparse" if sparse_modules(model) else "dense"
         label = kind if kind not in models else f"{kind}: {Path(source).name}"
         models[label], paths[label] = model, str(source)

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsify import data
 from sparsify.checkpoint import reader, writer
-from sparsify.errors import CheckpointError, ConfigError, OutputError
+from sparsify.errors import CheckpointError, ConfigError, OutputError, SparsifyError
 from sparsify.pruner import PrunableLayer
 from sparsify.recipe import (
     CalibrateStage,
@@ -198,15 +198,23 @@ def skeleton(recipe: Recipe) -> nn.Module:
         task_class = reader.TASKS.get(recipe.task)
         named = [name for name in config.architectures or [] if hasattr(transformers, name)]
         quantization = getattr(config, "quantization_config", None)
-        if quantization is not None and dict(quantization).get("quant_method") == QUANT_METHOD:
-            return build(config)
+        if quantization is not None:
+            method = dict(quantization).get("quant_method")
+            if method == QUANT_METHOD:
+                return build(config)
+            raise CheckpointError(
+                f"{recipe.model} is quantized ({method}), which cannot be pruned or trained here: take the model in "
+                f"float32, float16 or bfloat16"
+            )
         with torch.device("meta"):
             if task_class is None and named:
                 return getattr(transformers, named[0])._from_config(config, dtype=dtype)
             auto = getattr(transformers, task_class or "AutoModel")
             return auto.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except SparsifyError:
+        raise
+    except Exception as error:  # whatever a damaged config makes transformers stumble over
+        reason = reader.first_line(error)
         if not Path(recipe.model).expanduser().exists():
             raise CheckpointError(
                 f"{recipe.model} is neither a folder nor a model that the Hub gives us: {reason}"

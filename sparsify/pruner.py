@@ -119,7 +119,8 @@ class Pruner(ABC):
         """Takes in one batch of a layer's inputs; by default adds it to the statistics in `requires`.
 
         Args:
-            layer: The layer; its `statistics` are updated.
+            layer: The layer; its `statistics` are updated. What a pruner wants to remember belongs there, because
+                another object of the class may do the scoring.
             inputs: `(tokens, K)`, padding tokens left out.
         """
         if not self.requires:
@@ -206,9 +207,12 @@ def _custom(method: str) -> type[Pruner]:
     module_name, _, class_name = method.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # the user's own code, which may hold any mistake
+        reason = (
+            str(error) if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: {error}"
+        )
         raise PrunerError(
-            f"cannot import pruner {method!r}: {error}; write package.module:Class "
+            f"cannot import pruner {method!r}: {reason}; write package.module:Class "
             f"and see that the module is installed or on PYTHONPATH"
         ) from error
     cls = getattr(module, class_name, None)

@@ -346,7 +346,12 @@ class Recipe(Strict):
 
     @classmethod
     def oneshot(
-        cls, pruning: Mapping[str, Any], options: Sequence[str], data: str | None, **values: Any
+        cls,
+        pruning: Mapping[str, Any],
+        options: Sequence[str],
+        data: str | None,
+        length: int = 512,
+        **values: Any,
     ) -> Recipe:
         """The recipe of `sparsify prune`: prune once, pack, report.
 
@@ -354,11 +359,15 @@ class Recipe(Strict):
             pruning: Keys of the prune stage; `None` is skipped.
             options: Options of the pruner, as `key=value`.
             data: File, folder or `datasets` name to calibrate with, if the pruner needs that.
+            length: Tokens in one sample of that data.
             **values: Top-level keys of the recipe.
 
         Raises:
             ConfigError: With every fault.
         """
+        for option in options:
+            if "=" not in option:
+                raise ConfigError(f"--option {option}: expected key=value, such as norm=l1")
         stages: list[dict[str, Any]] = [{"stage": "prune"}, {"stage": "convert"}, {"stage": "report"}]
         stages[0] |= {key: value for key, value in pruning.items() if value is not None}
         recipe: dict[str, Any] = {"version": 1, "name": "prune", "stages": stages}
@@ -369,7 +378,7 @@ class Recipe(Strict):
                 if spec.path is not None
                 else {"name": spec.name, "config": spec.config}
             )
-            recipe["data"] = {"calibration": place}
+            recipe["data"] = {"calibration": {**place, "length": length}}
             stages.insert(0, {"stage": "calibrate"})
         return cls.from_dict(recipe, [f"prune.options.{option}" for option in options], values)
 

@@ -103,7 +103,7 @@ class _Request:
         self.wanted = None
         if targets is not None:
             self.wanted = [_Pattern(model, text, self.candidates) for text in targets]
-        self.unwanted = [_Pattern(model, text, self.candidates) for text in ignore or ()]
+        self.unwanted = [_Pattern(model, text, self.candidates, "ignore") for text in ignore or ()]
         self.shared = _shared_weights(model)
         self.output = _output_embedding(model)
         self.repeated = _inside_module_lists(model)
@@ -172,24 +172,26 @@ def _candidates(model: nn.Module, block: BlockShape) -> Iterator[_Candidate]:
 class _Pattern:
     """One pattern, checked to match something, and the names of all it stands for."""
 
-    def __init__(self, model: nn.Module, text: str, candidates: list[_Candidate]) -> None:
+    def __init__(
+        self, model: nn.Module, text: str, candidates: list[_Candidate], role: str = "target"
+    ) -> None:
         self.text = text
         self.regex = None
         if text.startswith("re:"):
             try:
                 self.regex = re.compile(text.removeprefix("re:"))
             except re.error as error:
-                raise TargetError(f"target {text!r} is not a regular expression: {error}") from error
+                raise TargetError(f"{role} {text!r} is not a regular expression: {error}") from error
         self.roots = {name for name, module in model.named_modules() if self._means(name, module)}
         layers = [layer for candidate in candidates for layer in candidate.layers]
         if any(self.matches(layer) for layer in layers):
             return
         if not self.roots:
-            raise TargetError(f"target {text!r} matches nothing: {_nearest(model, text)}")
+            raise TargetError(f"{role} {text!r} matches nothing: {_nearest(model, text)}")
         root = min(self.roots)
         why = next((candidate.why for candidate in candidates if candidate.module_name == root), None)
         raise TargetError(
-            f"target {text!r} holds no layer that can be pruned: {root or 'the model'} is of class "
+            f"{role} {text!r} holds no layer that can be pruned: {root or 'the model'} is of class "
             f"{type(model.get_submodule(root)).__name__}{f' ({why})' if why else ''}; what can be pruned are "
             f"linear layers, Conv1D and fused experts"
         )
@@ -245,6 +247,11 @@ def _nearest(model: nn.Module, text: str) -> str:
 
 
 def _nothing_left(model: nn.Module, dense: list[KeptDense]) -> str:
+    if any(kinds.is_sparse(module) for module in model.modules()):
+        return (
+            f"nothing is left to prune in {type(model).__name__}: its layers are block-sparse already; to prune them "
+            f"anew, take the dense model, or turn this one back with `sparsify densify`"
+        )
     if not dense:
         return f"nothing in {type(model).__name__} can be pruned: it has no linear layer, Conv1D or fused experts"
     first = dense[0]

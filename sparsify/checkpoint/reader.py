@@ -14,7 +14,7 @@ from sparsify.blocks import BlockMask, BlockShape
 from sparsify.checkpoint.files import StoredTensor, read_headers, weight_files
 from sparsify.checkpoint.format import QUANT_METHOD, check_format, packed_weights
 from sparsify.checkpoint.sources import check_source, local_folder, read_config
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.kernels.storage import validate_indices
 from sparsify.layers.packed import PackedWeight
 
@@ -116,6 +116,15 @@ def check_weights(model: torch.nn.Module) -> None:
             raise CheckpointError(f"weight {name} holds NaN or infinite values: the checkpoint is damaged")
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its class where the text alone tells nothing."""
+    lines = str(error).split("\n")
+    text = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
+    if isinstance(error, (OSError, RuntimeError, ValueError, ImportError)):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}"
+
+
 def load(
     path: str | Path,
     device: str | torch.device | None = None,
@@ -156,9 +165,10 @@ def load(
         model, found = getattr(transformers, model_class).from_pretrained(
             folder, output_loading_info=True, **options
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot load {path} as {model_class}: {reason}") from error
+    except SparsifyError:
+        raise
+    except Exception as error:  # whatever a damaged config makes transformers stumble over
+        raise CheckpointError(f"cannot load {path} as {model_class}: {first_line(error)}") from error
     missing = sorted(found["missing_keys"])
     if missing:
         warnings.warn(
@@ -197,8 +207,8 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
                 return getattr(transformers, loader).from_pretrained(
                     folder, trust_remote_code=trust_remote_code
                 )
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
+            except Exception as error:  # tokenizers raise bare ones too
+                reason = first_line(error)
                 raise CheckpointError(f"cannot load the {loader[4:].lower()} of {path}: {reason}") from error
     return None
 

@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 something the user can put right, told in one line; 130 Ct
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -100,4 +101,7 @@ app.add_typer(recipe_app, name="recipe")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
+    # A pruner's own file is often in the current folder, which an installed command does not search by itself.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
     app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="sparsify")

@@ -43,6 +43,7 @@ def prune(
     data: Annotated[
         str | None, typer.Option("--data", help="Calibration data, for pruners that look at layer inputs.")
     ] = None,
+    length: Annotated[int, typer.Option("--length", help="Tokens in one sample of --data.")] = 512,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
@@ -68,6 +69,7 @@ def prune(
         pruning,
         option or (),
         data,
+        length,
         model=model,
         out=str(out),
         device=device,

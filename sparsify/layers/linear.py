@@ -112,7 +112,13 @@ class BlockSparseLinear(PackedModule):
 
         Returns:
             `(..., out_features)`.
+
+        Raises:
+            ValueError: If `x` has another number of features or another dtype.
         """
+        # The product itself knows the blocks alone, and would take any width that ends inside the last one.
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"block-sparse layer: got {x.shape[-1]} features, expected {self.in_features}")
         return block_sparse_linear(x, self.weight, self.bias, self.topology("weight"), self.out_features)
 
     @classmethod

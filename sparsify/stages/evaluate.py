@@ -14,6 +14,7 @@ from sparsify.errors import ConfigError
 from sparsify.progress import Progress
 from sparsify.recipe import EvaluateStage
 from sparsify.stages.state import State
+from sparsify.training.samples import check_length, set_padding
 
 
 def run(stage: EvaluateStage, state: State) -> None:
@@ -130,17 +131,19 @@ def _quality(
 
     if task == "causal-lm":
         dataset = read(causal_blocks, spec, processor)
+        check_length(spec, model)
         with _follow(progress, label, len(dataset)) as done:
             return quality.perplexity(model, dataset, batch=batch, progress=done)
     if task == "masked-lm":
         if processor.mask_token_id is None:
             raise ConfigError("the tokenizer has no mask token, which a masked-lm evaluation needs")
         dataset = read(masked_blocks, spec, processor)
+        check_length(spec, model)
         with _follow(progress, label, len(dataset)) as done:
             options = {"batch": batch, "seed": seed, "progress": done}
             return quality.masked_perplexity(model, dataset, processor.mask_token_id, **options)
     if task == "sequence-classification":
-        config: Any = model.config
+        config = set_padding(model, processor)
         dataset = read(classification_samples, spec, processor, config.label2id)
         with _follow(progress, label, len(dataset)) as done:
             return quality.accuracy(model, dataset, processor, batch=batch, progress=done)

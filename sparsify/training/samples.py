@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.data import Source, causal_blocks, classification_samples, masked_blocks, sentence_pairs
-from sparsify.errors import ConfigError
+from sparsify.errors import ConfigError, DataError
 
 Batch = dict[str, Tensor]
 
@@ -43,7 +43,7 @@ def load_samples(spec: Source, processor: Any, model: nn.Module, task: str | Non
 
     Raises:
         ConfigError: If the task has no training data, or the model no tokenizer.
-        DataError: If the data cannot be read.
+        DataError: If the data cannot be read, or its samples are too long for the model.
     """
     if task is None:
         raise ConfigError(
@@ -57,21 +57,53 @@ def load_samples(spec: Source, processor: Any, model: nn.Module, task: str | Non
     if task == "causal-lm":
         from transformers import default_data_collator
 
-        return Samples(causal_blocks(spec, processor), default_data_collator)
+        blocks = causal_blocks(spec, processor)
+        check_length(spec, model)
+        return Samples(blocks, default_data_collator)
     if task == "masked-lm":
         from transformers import DataCollatorForLanguageModeling
 
         if processor.mask_token_id is None:
             raise ConfigError("the tokenizer has no mask token, which masked-lm training needs")
-        return Samples(masked_blocks(spec, processor), DataCollatorForLanguageModeling(processor, seed=seed))
+        blocks = masked_blocks(spec, processor)
+        check_length(spec, model)
+        return Samples(blocks, DataCollatorForLanguageModeling(processor, seed=seed))
     if task == "sequence-classification":
         from transformers import DataCollatorWithPadding
 
-        config: Any = model.config
+        config: Any = set_padding(model, processor)
         dataset = classification_samples(spec, processor, config.label2id)
         return Samples(dataset, DataCollatorWithPadding(processor))
     pairs = sentence_pairs(spec)
     return Samples(pairs, _PairCollator(processor, spec.length, max(1.0, *pairs["score"])), similarity_loss)
+
+
+def check_length(spec: Source, model: nn.Module) -> None:
+    """Checks that blocks of text are no longer than what the model has positions for.
+
+    Raises:
+        DataError: If they are.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and spec.length > limit:
+        raise DataError(
+            f"samples of {spec.length} tokens are longer than the {limit} that {type(model).__name__} takes: lower "
+            f"the data's `length` (--length)"
+        )
+
+
+def set_padding(model: nn.Module, processor: Any) -> Any:
+    """Tells a classifier which token fills up short texts, as decoders' configs often do not say; returns its config.
+
+    Raises:
+        ConfigError: If the tokenizer has no padding token.
+    """
+    if processor.pad_token_id is None:
+        raise ConfigError("the tokenizer has no padding token, which sequence-classification needs")
+    config: Any = model.config
+    if config.pad_token_id is None:
+        config.pad_token_id = processor.pad_token_id
+    return config
 
 
 @dataclass(frozen=True)

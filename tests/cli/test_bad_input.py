@@ -83,10 +83,12 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         (["--method", "magnitde"], "unknown pruner 'magnitde': did you mean 'magnitude'?"),
         (["--method", "no.such:Pruner"], "cannot import pruner 'no.such:Pruner'"),
         (["--option", "norm=l7"], "l7"),
+        (["--option", "norm"], "--option norm: expected key=value"),
         (["--option", "nrom=l2"], "has no option 'nrom': did you mean 'norm'?"),
         (["--target", "q_porj"], "target 'q_porj' matches nothing"),
         (["--target", "re:("], "is not a regular expression"),
         (["--target", "lm_head"], "shares its weight with"),
+        (["--ignore", "q_porj"], "ignore 'q_porj' matches nothing"),
         (["--ignore", "re:."], "nothing is left to prune"),
         (["--block", "256"], "smaller than one block of 256x256"),
         (["--device", "tpu"], "device 'tpu' cannot be used"),
@@ -133,6 +135,58 @@ def test_nan_weights_are_named(dense, out):
         "weight model.layers.1.mlp.up_proj.weight holds NaN", "prune", dense, "--out", out, "--block", "32"
     )
     assert not out.exists()
+
+    refused("holds NaN", "eval", dense, "--tokens", "0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "batch 0 is out of range"),
+        (["--tokens", "-5"], "token count -5 is out of range"),
+        (["--length", "0"], "data `length` is 0"),
+        (["--length", "257"], "samples of 257 tokens are longer than the 256 that LlamaForCausalLM takes"),
+    ],
+    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
+)
+def test_eval_refuses_bad_numbers(clean, tmp_path, options, message):
+    refused(message, "eval", clean, "--data", checkpoints.text(tmp_path), *options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized (gptq)"),
+        ({"quantization_config": {"quant_method": "unheard_of"}}, "is quantized (unheard_of)"),
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
+        ({"hidden_size": 64}, "cannot load"),
+        ({"model_type": "unheard_of"}, "model type `unheard_of`"),
+    ],
+    ids=["gptq", "unknown-method", "type", "size", "model-type"],
+)
+def test_config_that_does_not_fit(dense, out, change, message):
+    config = json.loads((dense / "config.json").read_text()) | change
+    (dense / "config.json").write_text(json.dumps(config))
+    refused(message, "prune", dense, "--out", out, "--block", "32")
+
+
+def test_damaged_tokenizer(dense, out):
+    (dense / "tokenizer.json").write_text('{"version": "1.0"}')
+    refused("cannot load the tokenizer of", "prune", dense, "--out", out, "--block", "32")
+
+
+def test_pruner_that_cannot_be_imported(clean, tmp_path, out, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_written_pruner.py").write_text("class Half(")
+    refused("SyntaxError", "prune", clean, "--out", out, "--method", "half_written_pruner:Half")
+
+
+def test_block_sparse_source_is_not_pruned_anew(clean, tmp_path):
+    sparse = tmp_path / "sparse"
+    assert invoke("prune", clean, "--out", sparse, "--block", "32").exit_code == 0
+    refused(
+        "its layers are block-sparse already", "prune", sparse, "--out", tmp_path / "out", "--block", "32"
+    )
 
 
 def test_missing_shard(clean, tmp_path, out):

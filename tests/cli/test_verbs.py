@@ -16,7 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import sparsify
-from sparsify.cli.main import app
+from sparsify.cli.main import app, main
 from sparsify.layers.swap import sparse_modules
 from tests.cli import checkpoints
 
@@ -117,9 +117,26 @@ def test_prune_calibrates_a_custom_pruner_from_a_data_file(dense, tmp_path, monk
     monkeypatch.syspath_prepend(tmp_path)
     data = checkpoints.text(tmp_path)
     document = json_of("prune", dense, "--out", tmp_path / "out", "--method", "input_pruner:Inputs", "--data", data,
-                       "--block", "32")  # fmt: skip
+                       "--length", "64", "--block", "32")  # fmt: skip
     assert document["report"]["totals"]["sparsity"] == pytest.approx(0.5, abs=0.01)
     sys.modules.pop("input_pruner")
+
+
+def test_pruner_is_found_in_the_current_folder(dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # As an installed command has it: its own folder first, the current one nowhere.
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    Path("nearby_pruner.py").write_text(
+        "import sparsify\n"
+        "from sparsify.blocks import to_blocks\n"
+        "class Nearby(sparsify.Pruner):\n"
+        "    def score(self, layer):\n"
+        "        return to_blocks(layer.weight, layer.block).abs().sum((2, 3))\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", str(dense), "--out", "out", "--block", "32", "--method", "nearby_pruner:Nearby"])
+    assert not ended.value.code and (tmp_path / "out" / "config.json").is_file()
+    sys.modules.pop("nearby_pruner")
 
 
 def test_dry_run_says_what_would_happen_and_writes_nothing(dense, tmp_path):

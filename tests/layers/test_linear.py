@@ -157,3 +157,10 @@ def test_gradient_checkpointing():
     sparse.weight.grad = None
     sparse(x).sum().backward()
     assert torch.equal(kept, sparse.weight.grad)
+
+
+@pytest.mark.parametrize("width", [97, 99, 101, 128])
+def test_refuses_inputs_of_another_width(width):
+    _, _, sparse = _layer()
+    with pytest.raises(ValueError, match=f"got {width} features, expected 100"):
+        sparse(torch.randn(3, width))
