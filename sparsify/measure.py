@@ -35,7 +35,10 @@ def parameter_count(model: nn.Module) -> int:
 def model_bytes(model: nn.Module) -> int:
     """Bytes that parameters and buffers occupy in memory; storage that several of them share counts once."""
     tensors = [*model.parameters(), *model.buffers()]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages: dict[int, int] = {}
+    for storage in (tensor.untyped_storage() for tensor in tensors):
+        # In a mapped file an empty tensor has the address of the one after it.
+        storages[storage.data_ptr()] = max(storages.get(storage.data_ptr(), 0), storage.nbytes())
     return sum(storages.values())
 
 

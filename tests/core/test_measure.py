@@ -65,6 +65,15 @@ def test_model_bytes_holds_buffers_and_each_storage_once():
     assert measure.model_bytes(model) == 10 * 2 + 6 * 4
 
 
+def test_model_bytes_counts_what_has_the_address_of_an_empty_tensor(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    names = ["a", "b", "c"]
+    save_file({name: torch.ones(4 * (name != "b")) for name in names}, tmp_path / "weights.safetensors")
+    model = nn.ParameterDict(load_file(tmp_path / "weights.safetensors"))
+    assert measure.model_bytes(model) == 2 * 4 * 4
+
+
 def test_bytes_on_disk_are_those_of_the_weight_files(tmp_path):
     make_llama().save_pretrained(tmp_path, max_shard_size="40KB")
     shards = list(tmp_path.glob("*.safetensors"))
