@@ -17,6 +17,8 @@ from sparsify.layers.swap import replace_module, sparse_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from sparsify.layers.packed import PackedModule
+
 
 def swap_out(model: PreTrainedModel) -> None:
     """Replaces every block-sparse layer by the dense one it stands for, zeros where no block is stored, in place.
@@ -24,18 +26,36 @@ def swap_out(model: PreTrainedModel) -> None:
     Args:
         model: A transformers model with its weights in memory.
     """
+    skeleton = dense_skeleton(model)
+    for name, sparse in sparse_modules(model).items():
+        replace_module(model, name, dense_equivalent(sparse, skeleton.get_submodule(name)))
+
+
+def dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The dense model of the same architecture on the meta device, without weights."""
     config = deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        skeleton = type(model)._from_config(config)
-    for name, sparse in sparse_modules(model).items():
-        dense = skeleton.get_submodule(name)
-        for key, tensor in dense_parameters(sparse).items():
-            dense.register_parameter(key, nn.Parameter(tensor, sparse.get_parameter(key).requires_grad))
-        for key, parameter in sparse.named_parameters(recurse=False):
-            if key not in sparse.packed:
-                dense.register_parameter(key, parameter)
-        replace_module(model, name, dense.train(sparse.training))
+        return type(model)._from_config(config)
+
+
+def dense_equivalent(sparse: PackedModule, dense: nn.Module) -> nn.Module:
+    """The dense layer that a block-sparse one stands for, zeros where no block is stored.
+
+    Args:
+        sparse: The block-sparse layer.
+        dense: The layer of the same name of `dense_skeleton`; left as it is.
+
+    Returns:
+        A copy of `dense` with weights of its own; it shares what the sparse layer does not pack, such as a bias.
+    """
+    dense = deepcopy(dense)
+    for key, tensor in dense_parameters(sparse).items():
+        dense.register_parameter(key, nn.Parameter(tensor, sparse.get_parameter(key).requires_grad))
+    for key, parameter in sparse.named_parameters(recurse=False):
+        if key not in sparse.packed:
+            dense.register_parameter(key, parameter)
+    return dense.train(sparse.training)
 
 
 def densify(path: str | Path, out: str | Path, force: bool = False) -> Path:

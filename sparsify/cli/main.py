@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 import sparsify
 from sparsify.cli import console
+from sparsify.cli.bench import bench
 from sparsify.cli.densify import densify
 from sparsify.cli.eval import evaluate
 from sparsify.cli.inspect import inspect
@@ -94,6 +95,9 @@ app.command("inspect", epilog=_example("sparsify inspect path/to/sparse --json")
 app.command(
     "eval", epilog=_example("sparsify eval path/to/sparse --data held_out.txt --against path/to/model")
 )(evaluate)
+app.command("bench", epilog=_example("sparsify bench path/to/sparse --against path/to/model --tokens 1,256"))(
+    bench
+)
 app.command("densify", epilog=_example("sparsify densify path/to/sparse --out path/to/dense"))(densify)
 app.command("pruners", epilog=_example("sparsify pruners"))(pruners)
 app.add_typer(recipe_app, name="recipe")

@@ -25,6 +25,7 @@ VERBS = [
     "prune",
     "inspect",
     "eval",
+    "bench",
     "densify",
     "pruners",
     "recipe list",

@@ -1,0 +1,222 @@
+"""A model's block-sparse layers, each distinct one timed against a dense layer of the same shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.bench import agreement
+from sparsify.bench.timing import race
+from sparsify.checkpoint.densify import dense_equivalent
+from sparsify.layers import kinds
+from sparsify.layers.experts import BlockSparseExperts
+from sparsify.layers.linear import BlockSparseLinear
+from sparsify.layers.packed import PackedModule
+from sparsify.layers.swap import sparse_modules
+
+# Layers whose densities differ by less than this are measured once.
+DENSITY_STEP = 0.02
+# On a GPU a graph holds calls of this many copies of a layer: what starting the graph costs is shared by them, and
+# each reads its own weights, cold.
+COPIES = 8
+# Two products and an activation follow each other in an expert.
+EXPERTS_BUDGET = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that differ in nothing that matters for speed.
+
+    Attributes:
+        names: Their names in the model.
+        name: The one of median density, which is measured.
+        module: That one.
+        kind: `linear`, `conv1d` or `experts`.
+        density: Its density, 0 to 1.
+    """
+
+    names: list[str]
+    name: str
+    module: PackedModule
+    kind: str
+    density: float
+
+    def describe(self) -> dict[str, Any]:
+        """Shape, block, density and bytes of one layer of the group, as JSON values."""
+        module, packed = self.module, list(self.module.packed.values())
+        values = [module.get_parameter(weight.name) for weight in packed]
+        elements = [weight.count * weight.shape[0] * weight.shape[1] for weight in packed]
+        indices = sum(
+            buffer.nbytes for buffer in module.buffers(recurse=False) if buffer.dtype == torch.int32
+        )
+        experts = self.kind == "experts"
+        return {
+            "name": self.name,
+            "names": self.names,
+            "kind": self.kind,
+            "shapes": [[weight.count, *weight.shape] if experts else list(weight.shape) for weight in packed],
+            "block": str(packed[0].block),
+            "density": self.density,
+            "dtype": str(values[0].dtype).removeprefix("torch."),
+            "bytes": sum(value.nbytes for value in values) + indices,
+            "bytes_dense": sum(n * value.element_size() for n, value in zip(elements, values, strict=True)),
+        }
+
+
+def groups(model: nn.Module) -> list[Group]:
+    """The distinct block-sparse layers of a model: by kind, shape, block shape, dtype, bias and rounded density."""
+    found: dict[Any, list[tuple[float, str, PackedModule]]] = {}
+    for name, module in sparse_modules(model).items():
+        weights = tuple((p.count, p.shape, p.block) for p in module.packed.values())
+        dtypes = tuple((key, value.dtype) for key, value in module.named_parameters(recurse=False))
+        density = _density(module)
+        key = (_kind(module), weights, dtypes, round(density / DENSITY_STEP))
+        found.setdefault(key, []).append((density, name, module))
+    result = []
+    for (kind, *_), members in found.items():
+        density, name, module = sorted(members, key=lambda member: member[0])[len(members) // 2]
+        result.append(Group([member[1] for member in members], name, module, kind, density))
+    return result
+
+
+def measure_group(
+    group: Group,
+    skeleton: nn.Module,
+    tokens: Sequence[int],
+    repeats: int,
+    advance: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Times one group's layer against a dense one with random weights.
+
+    Args:
+        group: The group.
+        skeleton: The dense model on the meta device.
+        tokens: Token counts.
+        repeats: Rounds of each race.
+        advance: Called after each token count.
+
+    Returns:
+        For each token count `tokens`, `dense_us`, `sparse_us`, `speedup`, `error` (relative, against higher
+        precision), `timing` and `rounds`.
+
+    Raises:
+        SparsifyError: If the layer's output is wrong.
+    """
+    sparse = group.module
+    device = next(sparse.parameters()).device
+    counts = sorted(set(tokens))
+    inputs = {count: _inputs(sparse, skeleton, count) for count in counts}
+    exact = _exact_layer(sparse, skeleton.get_submodule(group.name))
+    errors = {count: _check(group, exact, inputs[count]) for count in counts}
+    del exact
+    dense = dense_equivalent(sparse, skeleton.get_submodule(group.name))
+    for name, packed in sparse.packed.items():
+        # Zeros would draw less power on a GPU, and flatter the dense layer.
+        nn.init.normal_(dense.get_parameter(name), std=1 / math.sqrt(packed.shape[1]))
+    copies = _copies(dense, device)
+    contestants = {
+        "dense": [dense, *(deepcopy(dense) for _ in range(copies - 1))],
+        "sparse": [sparse, *(deepcopy(sparse) for _ in range(copies - 1))],
+    }
+    rows = []
+    for count in counts:
+        calls = {name: _each(layers, inputs[count]) for name, layers in contestants.items()}
+        times = race(calls, device, repeats)
+        microseconds = {name: seconds / copies * 1e6 for name, seconds in times.seconds.items()}
+        rows.append(
+            {
+                "tokens": count,
+                "dense_us": microseconds["dense"],
+                "sparse_us": microseconds["sparse"],
+                "speedup": microseconds["dense"] / microseconds["sparse"],
+                "error": errors[count],
+                "timing": times.timing,
+                "rounds": times.rounds,
+            }
+        )
+        advance()
+    return rows
+
+
+def _each(layers: Sequence[nn.Module], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    def call() -> None:
+        for layer in layers:
+            layer(*inputs)
+
+    return call
+
+
+def _copies(dense: nn.Module, device: torch.device) -> int:
+    """How many copies of a layer a graph calls: fewer where a quarter of the free memory does not hold them."""
+    if device.type != "cuda":
+        return 1
+    size = sum(parameter.nbytes for parameter in dense.parameters())
+    return max(1, min(COPIES, torch.cuda.mem_get_info(device)[0] // 4 // max(1, 2 * size)))
+
+
+def _inputs(sparse: PackedModule, skeleton: nn.Module, tokens: int) -> tuple[Tensor, ...]:
+    """Random activations; for experts also a routing that loads all of them alike."""
+    parameter = next(sparse.parameters())
+    place: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
+    first = next(iter(sparse.packed.values()))
+    hidden = torch.randn(tokens, first.shape[1], **place)
+    if not isinstance(sparse, BlockSparseExperts):
+        return (hidden,)
+    chosen = min(experts_per_token(skeleton) or 1, sparse.num_experts)
+    slots = torch.arange(tokens * chosen, device=parameter.device).view(tokens, chosen)
+    return hidden, slots % sparse.num_experts, torch.full((tokens, chosen), 1 / chosen, **place)
+
+
+def experts_per_token(skeleton: nn.Module) -> int | None:
+    """How many experts a model's config sends a token to, if it says so."""
+    config: Any = getattr(skeleton, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    return next((count for name in names if isinstance(count := getattr(config, name, None), int)), None)
+
+
+def _exact_layer(sparse: PackedModule, dense: nn.Module) -> nn.Module:
+    """The layer with its own weights and zeros, dense: a linear one in float64, experts in float32 at least.
+
+    transformers' fused experts have no float64 kernel on every device.
+    """
+    double = isinstance(sparse, BlockSparseLinear) or next(sparse.parameters()).dtype == torch.float64
+    # A copy: `.to` works in place, and the biases are the sparse layer's own.
+    return deepcopy(dense_equivalent(sparse, dense)).to(torch.float64 if double else torch.float32)
+
+
+def _check(group: Group, exact: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    sparse, hidden = group.module, inputs[0]
+    budget = agreement.layer_budget(hidden.dtype, hidden.device)
+    precision = next(exact.parameters()).dtype
+    with torch.no_grad():
+        wanted = exact(*(part.to(precision) if part.is_floating_point() else part for part in inputs))
+        # Its memory becomes the output's on a GPU: what a kernel forgets to write stays NaN.
+        poison = torch.full_like(wanted, float("nan"), dtype=hidden.dtype)
+        del poison
+        actual = sparse(*inputs)
+        if isinstance(sparse, BlockSparseLinear):
+            weight = sparse.dense_weight().to(precision)
+            scale = weight.norm(dim=1) + (0 if sparse.bias is None else sparse.bias.to(precision).abs())
+        else:
+            scale, budget = wanted.square().mean().sqrt(), EXPERTS_BUDGET * budget
+    return agreement.check_layer(group.name, actual, wanted, scale, budget)
+
+
+def _kind(module: PackedModule) -> str:
+    return kinds.entry(module)["kind"]
+
+
+def _density(module: PackedModule) -> float:
+    kept = elements = 0
+    for weight in module.packed.values():
+        for index in range(weight.count):
+            kept += module.mask_of(weight.name, index).elements_kept
+        elements += weight.count * weight.shape[0] * weight.shape[1]
+    return kept / elements

@@ -1,0 +1,158 @@
+"""`sparsify bench`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from sparsify.cli.main import app
+from sparsify.layers.linear import BlockSparseLinear
+from tests.cli import checkpoints
+
+FEW = ("--tokens", "1,8", "--repeats", "2", "--device", "cpu")
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
+
+
+def refused(message: str, *arguments: object) -> None:
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return checkpoints.llama(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def sparse(dense, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sparse") / "out"
+    command = ["prune", str(dense), "--out", str(out), "--block", "32x32", "--scope", "layer"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    return out
+
+
+def test_json_has_every_layer_and_the_model(sparse):
+    result = invoke(sparse, *FEW, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["tokens"], report["device"], report["dtype"]) == ([1, 8], "cpu", "float32")
+    assert sum(len(group["names"]) for group in report["layers"]) == 14
+    for group in report["layers"]:
+        assert [row["tokens"] for row in group["times"]] == [1, 8]
+        assert group["bytes"] < group["bytes_dense"]
+        assert all(
+            row["dense_us"] > 0 and row["sparse_us"] > 0 and row["rounds"] == 2 for row in group["times"]
+        )
+    whole = report["end_to_end"]
+    assert [row["tokens"] for row in whole["times"]] == [1, 8]
+    assert whole["bytes"] < whole["bytes_dense"] and "random values" in whole["dense"]
+    assert report["environment"]["versions"]["torch"] == torch.__version__
+
+
+def test_table_names_the_machine_and_ends_in_a_verdict(sparse, dense):
+    result = invoke(sparse, "--against", dense, *FEW)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert re.search(r"1 thread of \d+ cores?, torch 2\..*, float32$", lines[0])
+    assert re.search(
+        r"│ model\.layers\.\d\.mlp\.down_proj +│ +\d │ +128x200 │ 32x32 │ +0\.\d{3} │", result.stdout
+    )
+    assert f"dense model: {dense}" in lines
+    assert re.search(r"^At 1 token \d+ of 14 layers (is|are) .*; at 8 tokens \d+ of 14 layers .*; "
+                     r"the whole model has \d+\.\d\dx at 1 token and ", result.stdout, re.M)  # fmt: skip
+
+
+def test_other_dtypes(sparse):
+    report = json.loads(invoke(sparse, *FEW, "--dtype", "bfloat16", "--json").stdout)
+    assert report["dtype"] == "bfloat16" and report["layers"][0]["dtype"] == "bfloat16"
+    assert 0 < report["end_to_end"]["times"][1]["error"] < 0.1
+
+
+def test_wrong_outputs_are_not_given_a_speed(sparse, monkeypatch):
+    right = BlockSparseLinear.forward
+
+    def forward(self, x):
+        y = right(self, x)
+        if self.in_features == 200 and len(x) == 8:  # one element, at one token count
+            y[3, 5] += 0.1
+        return y
+
+    monkeypatch.setattr(BlockSparseLinear, "forward", forward)
+    refused("down_proj at 8 tokens differs from its dense equivalent by", sparse, *FEW)
+    refused("nothing is reported", sparse, *FEW, "--json")
+
+
+def test_a_model_that_differs_as_a_whole_is_refused(sparse, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    from sparsify.layers.swap import sparse_modules
+
+    right = LlamaForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        output = right(self, *args, **kwargs)
+        if sparse_modules(self):
+            output.logits *= 1.01
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    refused("the sparse model's output at 1 token differs", sparse, *FEW)
+
+
+def test_a_dense_checkpoint_is_told_from_a_sparse_one(sparse, dense):
+    refused(f"{dense} is a dense checkpoint, expected a block-sparse one", dense, *FEW)
+    refused("is block-sparse itself: give the dense checkpoint", sparse, "--against", sparse, *FEW)
+    refused("does not exist", "/no/such/folder", *FEW)
+    refused("does not exist", sparse, "--against", "/no/such/folder", *FEW)
+
+
+def test_another_model_is_no_measure(sparse, tmp_path):
+    other = checkpoints.bert(tmp_path / "other")
+    refused("has architectures ['BertModel']", sparse, "--against", other, *FEW)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "0"], "tokens: got '0', expected positive whole numbers, such as 1,16,256"),
+        (["--tokens", "1;2"], "tokens: got '1;2'"),
+        (["--repeats", "0"], "repeats: got 0, expected at least 1"),
+        (["--dtype", "int8"], "dtype: got 'int8', expected auto, float32, float16 or bfloat16"),
+        (["--device", "tpu"], "device 'tpu' cannot be used"),
+    ],
+    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options(sparse, options, message):
+    refused(message, sparse, *options)
+
+
+def test_nan_weights_are_named(sparse, tmp_path):
+    broken = shutil.copytree(sparse, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 3, 5] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    refused("weight model.layers.1.mlp.up_proj.weight holds NaN", broken, *FEW)
+
+
+def test_a_model_of_other_inputs_is_timed_layer_by_layer(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "dense")
+    command = ["prune", str(tmp_path / "dense"), "--out", str(tmp_path / "out"), "--block", "16"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    report = json.loads(invoke(tmp_path / "out", *FEW, "--json").stdout)
+    assert report["end_to_end"] is None and sum(len(group["names"]) for group in report["layers"]) == 6
+    assert report["notes"][-1] == "end to end is not timed: ViTModel takes no tokens"
