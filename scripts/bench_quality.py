@@ -205,7 +205,7 @@ def run(subject: Subject, sparsity: float, folder: Path) -> dict[str, Any]:
     }
 
 
-def check_stored(subject: Subject, model: torch.nn.Module, folder: Path) -> dict[str, Any]:
+def check_stored(subject: Subject, model: Any, folder: Path) -> dict[str, Any]:
     """Save a pruned model, load it with plain `from_pretrained`, and measure it again.
 
     Returns:
