@@ -124,9 +124,9 @@ def _busy(device: torch.device) -> list[str]:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if device.type != "cpu" or load + threads <= cores + 0.5:
         return []
+    remedy = "run it alone" if threads == 1 else "run it alone, or with OMP_NUM_THREADS=1"
     return [
-        f"the machine was busy (load {load:.1f} on {cores} cores, before {threads} threads of this run): these times "
-        f"are not reliable; run it alone, or with OMP_NUM_THREADS=1"
+        f"the machine was busy (load {load:.1f} on {cores} cores): these times are not reliable; {remedy}"
     ]
 
 
