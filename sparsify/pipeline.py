@@ -154,7 +154,9 @@ class _Run:
         dtype = None if recipe.dtype == "auto" else recipe.dtype
         task = None if recipe.task == "auto" else recipe.task
         with self.progress.task(f"loading {recipe.model}"):
-            model = reader.load(source, device, dtype, task, recipe.trust_remote_code)
+            # A new head is random until a stage trains it; without such a stage nothing would.
+            complete = not any(stage.stage == "finetune" for stage in recipe.stages)
+            model = reader.load(source, device, dtype, task, recipe.trust_remote_code, complete)
             reader.check_weights(model)
             processor = reader.load_processor(recipe.model, recipe.trust_remote_code)
         state = State(

@@ -131,6 +131,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     task: str | None = None,
     trust_remote_code: bool = False,
+    complete: bool = False,
 ) -> PreTrainedModel:
     """Loads a checkpoint, dense or block-sparse, as `from_pretrained` of the right class does.
 
@@ -141,6 +142,8 @@ def load(
         task: `causal-lm`, `masked-lm`, `sequence-classification` or `sentence-embedding`; by default the class that
             the checkpoint was saved from.
         trust_remote_code: Run the Python code that comes with the checkpoint, where transformers has none for it.
+        complete: Refuse a checkpoint that lacks parameters of the model's repeated blocks, because nothing will
+            train them. (Many encoders lack the pooler that their class has and nobody uses.)
 
     Returns:
         The model in evaluation mode. Parameters that the checkpoint lacks, such as a new head, are random; a warning
@@ -171,11 +174,13 @@ def load(
         raise CheckpointError(f"cannot load {path} as {model_class}: {first_line(error)}") from error
     missing = sorted(found["missing_keys"])
     if missing:
-        warnings.warn(
+        lack = (
             f"{path} has no weights for {len(missing)} of the parameters of {type(model).__name__} (the first is "
-            f"{missing[0]}): they are random until they are trained",
-            stacklevel=2,
+            f"{missing[0]})"
         )
+        if complete and any(part.isdecimal() for name in missing for part in name.split(".")):
+            raise CheckpointError(f"{lack}: they would be random; is its config.json that of another model?")
+        warnings.warn(f"{lack}: they are random until they are trained", stacklevel=2)
     return model
 
 

@@ -333,3 +333,10 @@ def test_real_ctrl_c_in_training_then_resume_gives_the_same_bytes(clean, tmp_pat
     assert "going on from step" in resumed.stderr
     assert checkpoints.digests(tmp_path / "out") == checkpoints.digests(tmp_path / "unbroken")
     assert not work.exists()
+
+
+def test_config_of_a_deeper_model(dense, out):
+    config = json.loads((dense / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (dense / "config.json").write_text(json.dumps(config))
+    refused("they would be random; is its config.json that of another model?", "prune", dense, "--out", out)

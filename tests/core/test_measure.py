@@ -143,6 +143,6 @@ def test_token_inputs_fit_the_model():
 def test_environment_places_a_measurement():
     found = measure.environment()
     assert found["threads"] == torch.get_num_threads()
-    assert found["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"].split("+")[0])
     assert found["versions"]["sparsify"]
     assert found["cpu"] and found["command"]
