@@ -121,15 +121,14 @@ def compare(block: tuple[int, int], tokens: int) -> dict[str, object]:
     for layout, (values, sk, so) in layouts.items():
         for bm, bk, warps, stages in MANY if tokens > 16 else FEW:
             sizes = (tokens, N, K, sk, so, bi, bo, bm)
+            packed_step, output_step = min(bk, bi) if bi >= 32 else bk, min(bk, bo)
             options = {"num_warps": warps, "num_stages": stages}
 
-            def forward(
-                values=values, sizes=sizes, bk=min(bk, bi) if bi >= 32 else bk, bm=bm, options=options
-            ):
+            def forward(values=values, sizes=sizes, bk=packed_step, bm=bm, options=options):
                 grid = (triton.cdiv(tokens, bm), rows)
                 _forward[grid](y, x, values, crow, col, *sizes, bk, **options)
 
-            def gradient(values=values, sizes=sizes, bk=min(bk, bo), bm=bm, options=options):
+            def gradient(values=values, sizes=sizes, bk=output_step, bm=bm, options=options):
                 grid = (triton.cdiv(tokens, bm), cols)
                 _input_gradient[grid](dx, dy, values, t_crow, t_row, t_block, *sizes, bk, **options)
 

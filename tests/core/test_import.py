@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,7 +108,8 @@ def test_scripts_use_the_public_interface(path: Path) -> None:
     import sparsify
 
     public = SCRIPT_MAY_IMPORT | set(sparsify.__all__)
-    assert units_imported(path) <= public
+    assert units_imported(path) - {"cli"} <= public
+    assert set(re.findall(r"sparsify\.cli[.\w]*", path.read_text())) <= {"sparsify.cli.console"}
 
 
 @pytest.mark.parametrize(
