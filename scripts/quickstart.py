@@ -29,7 +29,6 @@ import sparsify
 from demo_corpus import collect, write
 from sparsify import data, measure, plots, quality
 from sparsify.cli.console import RichProgress, print_table, quiet_transformers, size
-from sparsify.layers.swap import masks_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSE = ROOT / "recipes" / "demo"
@@ -91,7 +90,7 @@ def compress(out: Path, device: str, settings: list[str]) -> None:
     )
     sparsify.save(model, out / "pruned", processor=AutoTokenizer.from_pretrained(DENSE))
     result = sparsify.run(recipe, out=out / "recovered", progress=RichProgress())
-    plots.mask_pictures(masks_of(result.model), out / "masks.png")
+    plots.mask_pictures(sparsify.masks_of(result.model), out / "masks.png")
     assert result.report is not None  # the recipe ends with a report stage
     losses = {
         f"stage {entry['stage'] + 1}": [(point["step"], point["loss"]) for point in entry["points"]]

@@ -51,6 +51,7 @@ _EXPORTS = {
     "SparsifyError": "sparsify.errors",
     "densify": "sparsify.api",
     "load": "sparsify.api",
+    "masks_of": "sparsify.layers.swap",
     "prune": "sparsify.api",
     "run": "sparsify.api",
     "save": "sparsify.api",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from sparsify.errors import SparsifyError
     from sparsify.layers.experts import BlockSparseExperts
     from sparsify.layers.linear import BlockSparseLinear
+    from sparsify.layers.swap import masks_of
     from sparsify.pruner import Pruner
     from sparsify.recipe import Recipe
 
