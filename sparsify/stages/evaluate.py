@@ -11,6 +11,7 @@ from sparsify import measure, quality
 from sparsify.checkpoint.writer import weight_bytes
 from sparsify.data import Source, causal_blocks, classification_samples, masked_blocks, sentence_pairs
 from sparsify.errors import ConfigError
+from sparsify.layers.swap import sparse_modules
 from sparsify.progress import Progress
 from sparsify.recipe import EvaluateStage
 from sparsify.stages.state import State
@@ -64,7 +65,7 @@ def evaluate_models(
     Returns:
         For each label `quality` (see `sparsify.quality`; only with data), `parameters`, `bytes` (of the weights on
         disk), `peak_memory` (bytes, a forward pass of the largest token count) and `latency` (seconds by token
-        count); and what could not be measured, in words.
+        count); and in words what could not be measured, and where a block-sparse model is slower than a dense one.
 
     Raises:
         ConfigError: If there is data but no task or tokenizer to read it with.
@@ -87,7 +88,28 @@ def evaluate_models(
         inputs = measure.token_inputs(next(iter(models.values())), max(counts), seed=seed)
         for label, model in models.items():
             columns[label]["peak_memory"] = measure.peak_memory_forward(model, inputs)
-    return columns, skipped
+    return columns, skipped + _slower(models, columns)
+
+
+def _slower(models: Mapping[str, nn.Module], columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Says where a block-sparse model is slower than the dense one that was timed in turns with it."""
+    dense = next((label for label, model in models.items() if not sparse_modules(model)), None)
+    notes = []
+    for label in models:
+        if dense is None or label == dense or not sparse_modules(models[label]):
+            continue
+        reference = columns[dense].get("latency", {})
+        lost = [
+            count
+            for count, seconds in columns[label].get("latency", {}).items()
+            if seconds > reference[count]
+        ]
+        if lost:
+            notes.append(
+                f"{label} is slower than {dense} at {' and '.join(lost)} token{'s' * (lost != ['1'])}; "
+                f"`sparsify bench` shows which layers lose"
+            )
+    return notes
 
 
 def _usable_counts(model: nn.Module, task: str | None, counts: Sequence[int]) -> tuple[list[int], list[str]]:

@@ -139,3 +139,16 @@ def test_evaluate_and_densify(dense, tmp_path):
     plain = sparsify.densify(sparse, tmp_path / "plain")
     report = sparsify.api.evaluate(plain, data, against=dense, latency_tokens=[])
     assert list(report["columns"]) == ["dense", "dense: plain"]
+
+
+def test_evaluation_says_where_sparse_is_slower():
+    from sparsify.stages.evaluate import _slower
+
+    models = {
+        "dense": torch.nn.Linear(8, 8),
+        "sparse": torch.nn.Sequential(sparsify.BlockSparseLinear(8, 8, 8)),
+    }
+    dense = {"latency": {"1": 2.0, "256": 5.0}}
+    (note,) = _slower(models, {"dense": dense, "sparse": {"latency": {"1": 3.0, "256": 4.0}}})
+    assert note.startswith("sparse is slower than dense at 1 token; `sparsify bench`")
+    assert not _slower(models, {"dense": dense, "sparse": {"latency": {"1": 1.0, "256": 4.0}}})

@@ -94,9 +94,9 @@ def package_files(root: Path) -> set[str]:
     files = {f"sparsify/{path.name}" for path in (root / "sparsify").glob("*") if path.is_file()}
     for folder in (path for path in (root / "sparsify").glob("*") if path.is_dir()):
         for path in folder.resolve().rglob("*"):
-            inner = path.relative_to(folder.resolve())
-            if path.is_file() and inner.parts[0] != "demo" and "__pycache__" not in inner.parts:
-                files.add(f"sparsify/{folder.name}/{inner}")
+            inner = Path(folder.name) / path.relative_to(folder.resolve())
+            if path.is_file() and inner.parts[1] != "demo" and "__pycache__" not in inner.parts:
+                files.add(f"sparsify/{inner}")
     return files
 
 
