@@ -224,6 +224,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page for the reader."""
     environment = report["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    threads = "1 thread" if environment["threads"] == 1 else f"{environment['threads']} threads"
     lines = [
         "# One-shot block pruning: what it costs in quality",
         "",
@@ -234,7 +235,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         f"    {report['command']}",
         "",
-        f"{environment['cpu']}, {environment['threads']} thread(s), float32; {versions}.",
+        f"{environment['cpu']}, {threads}, float32; {versions}.",
     ]
     for key, result in report["models"].items():
         dense = result["dense"]

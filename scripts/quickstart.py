@@ -3,7 +3,8 @@
 The model comes with the repository (`recipes/demo`), the text from the running Python (`demo_corpus.py`), the work
 is a recipe (`recipes/quickstart.yaml`). At the end one table shows the dense model beside the pruned and the
 recovered one, measured in the same run, and the compressed model writes a line of text. Exits with 1 if it is not
-smaller on disk than the dense model, or not faster at 256 tokens.
+smaller on disk than the dense model, or not faster at 256 tokens on the CPU. A GPU, if there is one, does the
+training; it also gets its own lines of latency, but a model this small only waits for kernel launches there.
 
     ./scripts/quickstart              sets up an environment first
     python scripts/quickstart.py      in an environment where the project is installed
@@ -39,7 +40,7 @@ CONTENT = ("corpus", "pruned", "recovered", "recovered.work", "masks.png", "loss
 TOKENS = (1, 256)
 # Latency on the CPU is that of two threads on every machine: more of them do nothing for a model this small.
 THREADS = 2
-PROMPT = "The function returns"
+PROMPT = "If the file"
 
 
 def load(path: Path, dtype: torch.dtype | str = "auto") -> Any:
@@ -180,8 +181,7 @@ def generate(path: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = load(path)
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    torch.manual_seed(0)
-    tokens = model.generate(**inputs, max_new_tokens=48, do_sample=True, temperature=0.7, top_k=20)
+    tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False, repetition_penalty=1.2)
     return tokenizer.decode(tokens[0], skip_special_tokens=True).split("\n")[0]
 
 

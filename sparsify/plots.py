@@ -148,11 +148,14 @@ def quality_by_block(
     for index, (label, values) in enumerate(series.items()):
         places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(shapes))]
         bars = axes.bar(places, [values[shape] for shape in shapes], width * 0.94, label=label)
-        axes.bar_label(bars, fmt="{:.3g}", fontsize=7, padding=1)
+        axes.bar_label(bars, fmt=_digits, fontsize=7, padding=1)
     _finish_quality(axes, quality, dense, log)
     axes.set_xticks(range(len(shapes)), shapes)
     axes.set_xlabel("block shape, out x in")
-    axes.legend(frameon=False)
+    # Bars may reach anywhere inside the axes, so the legend stands above them.
+    axes.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series) + 1, borderaxespad=0
+    )
     return _write(figure, path)
 
 
@@ -194,6 +197,11 @@ def _finish_quality(axes: Axes, quality: str, dense: float | None, log: bool) ->
     if log:
         axes.set_yscale("log")
     axes.set_ylabel(quality)
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all of a larger number's."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _write(figure: Figure, path: str | Path) -> Path:
