@@ -30,7 +30,7 @@ MIN_CHUNK, MAX_CHUNK = 32, 256
 
 
 def _by_rows(tokens: int, values: Tensor) -> bool:
-    """By rows pays for many tokens, where the sums over them (`sdd`) must not be cut, and for wide panels in float32."""
+    """By rows pays for many tokens, whose sums (`sdd`) are better not cut, and for wide panels in float32."""
     block_out = values.shape[2]
     wide = tokens >= 128 and block_out >= 128 and values.dtype == torch.float32
     return values.device.type == "cpu" and (wide or (tokens >= 512 and block_out >= 64))
