@@ -315,6 +315,8 @@ def test_real_ctrl_c_in_training_then_resume_gives_the_same_bytes(clean, tmp_pat
     command = [sys.executable, "-m", "sparsify", "run", str(recipe), "--out"]
     subprocess.run([*command, str(tmp_path / "unbroken")], check=True, capture_output=True)
 
+    # A shell that runs the tests in the background has them ignore SIGINT, and a child would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     broken = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
     work = tmp_path / "out.work"
     deadline = time.monotonic() + 120
