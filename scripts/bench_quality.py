@@ -36,6 +36,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import sparsify
 from demo_corpus import collect
 from sparsify import data, measure, plots, quality
+from sparsify.cli.console import quiet_transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = ("1x1", "8x8", "16x16", "32x32", "64x64", "128x16")
@@ -312,6 +313,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     options = parse(arguments)
+    quiet_transformers()
     try:
         with tempfile.TemporaryDirectory() as scratch:
             subjects = [language_model(options.lm, Path(scratch))]
