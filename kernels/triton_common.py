@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tile sizes, the precision of a dot product, and the interpreter's quirk."""
+"""What the Triton kernels share: tile sizes, the precision of a dot product, activations, the interpreter's quirk."""
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 # ^ jitted functions are compiled by Triton, whose types pyright does not know
 
@@ -36,3 +36,22 @@ def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """One of `reference.ACTIVATIONS` of float32 values; NaN stays NaN.
+
+    The tanh form of GELU, `x / 2 * (1 + tanh(u))`, is written as `x * sigmoid(2 u)`, which it equals.
+    """
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    else:
+        tl.static_assert(ACTIVATION == "")
+    return x

@@ -1,8 +1,8 @@
-"""`y = x W^T + bias` with a block-sparse weight: forward of a linear layer.
+"""`y = activation(x W^T + bias) * multiply` with a block-sparse weight: forward of a linear layer, and what follows it.
 
 One program computes a tile of `BM` tokens by one block row. It walks the row's contiguous K-major panel
 `(nnz * BI, BO)` in steps of `BK` packed columns, whatever `BI` is, and gathers the activations' columns that those
-belong to. An empty row writes the bias.
+belong to. An empty row writes the bias. Activation and factor are applied to the float32 sums.
 
     M tokens, K input features, N output features, Z stored blocks of (BI, BO), BK packed columns a step
 """
@@ -18,16 +18,17 @@ from torch import Tensor
 
 from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
-from sparsify.kernels.triton_common import dot, dot_options, token_tile
+from sparsify.kernels.triton_common import activate, dot, dot_options, token_tile
 
 
 @triton.jit
 def _dsd_kernel(
     y_ptr,  # [M, N]
-    x_ptr, values_ptr, bias_ptr, crow_ptr, col_ptr,  # [M, K], [Z, BI, BO], [N], [R + 1], [Z]
+    x_ptr, values_ptr, bias_ptr, multiply_ptr, crow_ptr, col_ptr,  # [M, K], [Z, BI, BO], [N], [M, N], [R + 1], [Z]
     M, N, K,
     stride_xm, stride_xk,
-    HAS_BIAS: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    BI: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
@@ -54,12 +55,24 @@ def _dsd_kernel(
         acc = dot(x, w, acc, PRECISION, WIDEN)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    out = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+    acc = activate(acc, ACTIVATION)
+    offset = m.to(tl.int64)[:, None] * N + n[None, :]
+    mask = (m[:, None] < M) & (n[None, :] < N)
+    if HAS_FACTOR:
+        acc *= tl.load(multiply_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_features: int) -> Tensor:
-    """`y = x W^T + bias`; see `reference.dsd` for shapes."""
+def dsd(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    topo: Topology,
+    out_features: int,
+    activation: str = "",
+    multiply: Tensor | None = None,
+) -> Tensor:
+    """`y = activation(x W^T + bias) * multiply`; see `reference.dsd` for shapes."""
     tokens, in_features = x.shape
     _, block_in, block_out = values.shape
     y = x.new_empty(tokens, out_features)
@@ -70,11 +83,14 @@ def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_feat
         _dsd_kernel, (triton.cdiv(tokens, tile), rows, 1),
         (
             y,
-            x, values, bias, topo.crow, topo.col,
+            x, values, bias, multiply, topo.crow, topo.col,
             tokens, out_features, in_features,
             x.stride(0), x.stride(1),
         ),
-        (bias is not None, block_in, block_out, tile, max(32, min(block_in, 64)), *dot_options(x.dtype)),
+        (
+            bias is not None, activation, multiply is not None,
+            block_in, block_out, tile, max(32, min(block_in, 64)), *dot_options(x.dtype),
+        ),
         x.device,
         num_warps=8 if tile * block_out >= 128 * 128 else 4, num_stages=3 if x.dtype != torch.float32 else 2,
     )  # fmt: skip
