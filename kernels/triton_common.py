@@ -17,10 +17,11 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def dot_options(dtype: torch.dtype) -> tuple[str, bool]:
     """`PRECISION` and `WIDEN` of a kernel's dot products for operands of `dtype`.
 
-    float32 follows `torch.backends.cuda.matmul.allow_tf32`, as dense torch does. Under the interpreter a bfloat16
-    `tl.dot` returns garbage, so operands are widened to float32 first there.
+    float32 follows `torch.backends.cuda.matmul.fp32_precision`, as dense torch does; what the older settings ask for
+    (`allow_tf32`, `set_float32_matmul_precision`) reads the same there. Under the interpreter a bfloat16 `tl.dot`
+    returns garbage, so operands are widened to float32 first there.
     """
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not INTERPRET
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not INTERPRET
     return "tf32" if tf32 else "ieee", INTERPRET
 
 
