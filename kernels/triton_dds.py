@@ -56,14 +56,28 @@ def _dds_kernel(
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
 
 
-def dds(dy: Tensor, values: Tensor, topo: Topology, in_features: int) -> Tensor:
-    """`dx = dy W`; see `reference.dds` for shapes."""
+def dds(
+    dy: Tensor,
+    values: Tensor,
+    topo: Topology,
+    in_features: int,
+    *,
+    tile: int | None = None,
+    step: int | None = None,
+    warps: int | None = None,
+    stages: int | None = None,
+) -> Tensor:
+    """`dx = dy W`; see `reference.dds` for shapes.
+
+    `tile` tokens a program, `step` packed output features at a time, `warps` and pipeline `stages` are chosen by size
+    where they are left out.
+    """
     tokens, out_features = dy.shape
     _, block_in, block_out = values.shape
     dx = dy.new_empty(tokens, in_features)
-    cols, tile = topo.t_crow.numel() - 1, token_tile(tokens)
     if tokens == 0:
         return dx
+    cols, tile = topo.t_crow.numel() - 1, tile or token_tile(tokens)
     launch(
         _dds_kernel, (triton.cdiv(tokens, tile), cols, 1),
         (
@@ -72,8 +86,9 @@ def dds(dy: Tensor, values: Tensor, topo: Topology, in_features: int) -> Tensor:
             tokens, out_features, in_features,
             dy.stride(0), dy.stride(1),
         ),
-        (block_in, block_out, tile, max(32, min(block_out, 64)), *dot_options(dy.dtype)),
+        (block_in, block_out, tile, step or max(32, min(block_out, 64)), *dot_options(dy.dtype)),
         dy.device,
-        num_warps=8 if tile * block_in >= 128 * 128 else 4, num_stages=3 if dy.dtype != torch.float32 else 2,
+        num_warps=warps or (8 if tile * block_in >= 128 * 128 else 4),
+        num_stages=stages or (3 if dy.dtype != torch.float32 else 2),
     )  # fmt: skip
     return dx

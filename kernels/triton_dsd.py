@@ -71,14 +71,23 @@ def dsd(
     out_features: int,
     activation: str = "",
     multiply: Tensor | None = None,
+    *,
+    tile: int | None = None,
+    step: int | None = None,
+    warps: int | None = None,
+    stages: int | None = None,
 ) -> Tensor:
-    """`y = activation(x W^T + bias) * multiply`; see `reference.dsd` for shapes."""
+    """`y = activation(x W^T + bias) * multiply`; see `reference.dsd` for shapes.
+
+    `tile` tokens a program, `step` packed columns at a time, `warps` and pipeline `stages` are chosen by size where
+    they are left out.
+    """
     tokens, in_features = x.shape
     _, block_in, block_out = values.shape
     y = x.new_empty(tokens, out_features)
-    rows, tile = topo.crow.numel() - 1, token_tile(tokens)
     if tokens == 0:
         return y
+    rows, tile = topo.crow.numel() - 1, tile or token_tile(tokens)
     launch(
         _dsd_kernel, (triton.cdiv(tokens, tile), rows, 1),
         (
@@ -89,9 +98,10 @@ def dsd(
         ),
         (
             bias is not None, activation, multiply is not None,
-            block_in, block_out, tile, max(32, min(block_in, 64)), *dot_options(x.dtype),
+            block_in, block_out, tile, step or max(32, min(block_in, 64)), *dot_options(x.dtype),
         ),
         x.device,
-        num_warps=8 if tile * block_out >= 128 * 128 else 4, num_stages=3 if x.dtype != torch.float32 else 2,
+        num_warps=warps or (8 if tile * block_out >= 128 * 128 else 4),
+        num_stages=stages or (3 if x.dtype != torch.float32 else 2),
     )  # fmt: skip
     return y

@@ -49,13 +49,28 @@ def _sdd_kernel(
     tl.store(out, acc.to(dw_ptr.dtype.element_ty))
 
 
-def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) -> Tensor:
-    """`dW = dy^T x` at stored blocks; see `reference.sdd` for shapes."""
+def sdd(
+    dy: Tensor,
+    x: Tensor,
+    topo: Topology,
+    block_in: int,
+    block_out: int,
+    *,
+    tile: int | None = None,
+    step: int | None = None,
+    warps: int | None = None,
+    stages: int | None = None,
+) -> Tensor:
+    """`dW = dy^T x` at stored blocks; see `reference.sdd` for shapes.
+
+    The longest side `tile` of a program's part of a block, `step` tokens at a time, `warps` and pipeline `stages` are
+    chosen by size where they are left out.
+    """
     blocks = topo.col.numel()
     dw = x.new_empty(blocks, block_in, block_out)
     if blocks == 0:
         return dw
-    tile_in, tile_out = min(block_in, TILE), min(block_out, TILE)
+    tile_in, tile_out = min(block_in, tile or TILE), min(block_out, tile or TILE)
     launch(
         _sdd_kernel, (blocks, (block_in // tile_in) * (block_out // tile_out), 1),
         (
@@ -64,8 +79,9 @@ def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) ->
             x.shape[0], dy.shape[1], x.shape[1],
             dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
         ),
-        (block_in, block_out, tile_in, tile_out, 32, *dot_options(x.dtype)),
+        (block_in, block_out, tile_in, tile_out, step or 32, *dot_options(x.dtype)),
         x.device,
-        num_warps=8 if tile_in * tile_out >= 128 * 128 else 4, num_stages=3 if x.dtype != torch.float32 else 2,
+        num_warps=warps or (8 if tile_in * tile_out >= 128 * 128 else 4),
+        num_stages=stages or (3 if x.dtype != torch.float32 else 2),
     )  # fmt: skip
     return dw
