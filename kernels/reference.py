@@ -31,8 +31,7 @@ from sparsify.kernels.storage import Topology
 CHUNK_BYTES = 4 << 20
 MIN_CHUNK, MAX_CHUNK = 32, 256
 
-# Activations that a forward product can end with, "" for none. `gelu` is the exact one (with erf), `gelu_tanh` its usual
-# approximation.
+# Activations that a forward product can end with, "" for none; `gelu` is the exact one, with erf.
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 
 
