@@ -1,11 +1,8 @@
 """Which kernel runs a product: the one place where that is decided.
 
-    reference        CPU and other devices, float64
-    triton_decode    forward of up to 32 tokens
-    hopper_linear    forward and input gradient, 16-bit, block sides multiples of 64
-    hopper_tall      forward, 16-bit, blocks at least 128 high and 16 or 32 wide
-    hopper_sdd       weight gradient, 16-bit, block sides multiples of 64
-    triton_*         everything else on a GPU
+`KERNELS` lists them in the order of the rules of thumb: the first one that takes a product runs it, unless measurements
+of this GPU (`tuning`) know a faster one. To add a kernel, add a line there. On other devices, and in float64, the torch
+reference runs everything.
 
 The Hopper kernels need compute capability 9, Gluon (triton 3.6 or newer) and rows that start at 16-byte addresses.
 """
@@ -14,21 +11,79 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from itertools import product as combinations
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from sparsify.kernels import reference
+from sparsify.kernels import reference, tuning
+from sparsify.kernels.tuning_files import Candidate
 
 log = logging.getLogger("sparsify.kernels")
 
+Options: TypeAlias = tuple[tuple[str, int], ...]
+# Token counts up to this one are told apart; beyond it four in each power of two stand for all.
+FEW_TOKENS = 64
+
+
+class Product(NamedTuple):
+    """All that the choice of a kernel depends on.
+
+    Attributes:
+        op: `dsd`, `dds`, `sdd` or `gated`.
+        device: Index of the GPU.
+        dtype: Of all operands.
+        tokens: `M`, rounded up above 64.
+        out_features: `N`.
+        in_features: `K`.
+        block_out: `bo`.
+        block_in: `bi`.
+        blocks: Stored blocks, `Z`; 0 where unknown.
+        aligned: Whether rows of operands and result begin at 16-byte addresses and have no gaps.
+        rows: Whether the first operand's rows have no gaps.
+    """
+
+    op: str
+    device: int
+    dtype: torch.dtype
+    tokens: int
+    out_features: int
+    in_features: int
+    block_out: int
+    block_in: int
+    blocks: int
+    aligned: bool
+    rows: bool
+
+    @property
+    def fast(self) -> bool:
+        """Whether the copy engine and the tensor cores of a Hopper GPU take the operands."""
+        suits = self.aligned and self.tokens > 0 and self.dtype in (torch.float16, torch.bfloat16)
+        return suits and (self.blocks > 0 or self.op == "sdd") and _hopper(self.device)
+
+    @property
+    def square(self) -> bool:
+        """Whether both sides of a block are multiples of 64."""
+        return self.block_out % 64 == 0 and self.block_in % 64 == 0
+
+    @property
+    def tall(self) -> bool:
+        """Whether blocks are at least 128 high and as wide as one or two steps of the tensor cores."""
+        return self.block_out >= 128 and self.block_in in (16, 32)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the weight that is stored, 0 to 1; `None` if unknown."""
+        elements = self.blocks * self.block_out * self.block_in
+        return min(1.0, elements / (self.out_features * self.in_features)) if elements else None
+
 
 @cache
-def _hopper(device: torch.device) -> bool:
-    """Whether the warp-specialised kernels run on this device; says once why not where one would expect them."""
+def _hopper(device: int) -> bool:
+    """Whether the warp-specialised kernels run on this GPU; says once why not where one would expect them."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
@@ -39,52 +94,120 @@ def _hopper(device: torch.device) -> bool:
     return True
 
 
-def _kernel(module: str, name: str) -> Callable[..., Tensor]:
-    return getattr(import_module(f"sparsify.kernels.{module}"), name)
+class Kernel(NamedTuple):
+    """A module in this folder that has one function for each of its products.
+
+    Attributes:
+        name: The module.
+        takes: Whether it runs a product.
+        options: Keyword arguments to choose from by measurement; without any the kernel chooses for itself.
+    """
+
+    name: str
+    takes: Callable[[Product], bool]
+    options: tuple[Options, ...] = ((),)
 
 
-def _fast(*operands: Tensor) -> bool:
-    """Whether the Hopper kernels take these matrices."""
-    first = operands[0]
-    if first.dtype not in (torch.float16, torch.bfloat16) or not _hopper(first.device):
-        return False
-    from sparsify.kernels.hopper_common import aligned
-
-    return aligned(*operands)
+def _each(**values: tuple[int, ...]) -> tuple[Options, ...]:
+    """Every combination of the options' values."""
+    return tuple(tuple(zip(values, chosen, strict=True)) for chosen in combinations(*values.values()))
 
 
-def _squares(block: torch.Size | tuple[int, int]) -> bool:
-    return block[0] % 64 == 0 and block[1] % 64 == 0
+TILES = _each(tile=(256, 128))
+# The portable kernels' own choice, and one step away from it in each direction.
+PORTABLE = ((), *_each(tile=(32, 64)), *_each(step=(64, 128)), *_each(warps=(4, 8)), *_each(stages=(2, 4)))
+
+KERNELS = (
+    Kernel("triton_decode", lambda p: p.op == "dsd" and 0 < p.tokens <= 32 and p.rows),
+    Kernel("hopper_linear", lambda p: p.op in ("dsd", "dds") and p.square and p.fast, TILES),
+    Kernel("hopper_tall", lambda p: p.op == "dsd" and p.tall and p.fast, TILES),
+    Kernel("hopper_sdd", lambda p: p.op == "sdd" and p.square and p.fast),
+    Kernel("triton_dsd", lambda p: p.op == "dsd", PORTABLE),
+    Kernel("triton_dds", lambda p: p.op == "dds", PORTABLE),
+    Kernel("triton_sdd", lambda p: p.op == "sdd", PORTABLE),
+)
 
 
-def choose(
-    name: str, operand: Tensor, other: Tensor, block: tuple[int, int], width: int
-) -> Callable[..., Any]:
+def candidates(
+    op: str, operand: Tensor, other: Tensor, block: tuple[int, int], width: int
+) -> list[Candidate]:
+    """Everything that can run a product here, the choice of the rules of thumb first; see `choose`."""
+    if not operand.is_cuda or operand.dtype == torch.float64:
+        return [Candidate("reference")]
+    return _candidates(_product(op, operand, other, block, width))
+
+
+def choose(op: str, operand: Tensor, other: Tensor, block: tuple[int, int], width: int) -> Any:
     """The function that runs one product.
 
     Args:
-        name: `dsd`, `dds` or `sdd`.
-        operand: `x`, `dy` or `dy`.
-        other: `values`, `values` or `x`.
+        op: `dsd`, `dds`, `sdd` or `gated`.
+        operand: `x`; `dy` of `dds` and `sdd`.
+        other: `values` (of `gated` those of the gate); `x` of `sdd`.
         block: `(bi, bo)`.
-        width: Columns of the result, of `dsd` and `dds`.
+        width: Columns of the result; of `sdd` the number of stored blocks.
+
+    Returns:
+        The function of `reference` of this name, or a kernel's with the same arguments. `None` if no kernel of this
+        GPU runs it, which happens to `gated` alone.
     """
-    if operand.device.type != "cuda" or operand.dtype == torch.float64:
-        return getattr(reference, name)
-    block_in, block_out = block
-    tokens = operand.shape[0]
-    writable = width % 8 == 0  # the copy engine writes rows that start at 16-byte addresses
-    if name == "dsd":
-        if 0 < tokens <= 32 and operand.stride(1) == 1:
-            return _kernel("triton_decode", "dsd")
-        if other.numel() and writable and _fast(operand, other.view(-1, block_out)):
-            if _squares(block):
-                return _kernel("hopper_linear", "dsd")
-            if block_out >= 128 and block_in in (16, 32):  # the tensor cores take 16 columns at a time
-                return _kernel("hopper_tall", "dsd")
-    elif name == "dds":
-        if other.numel() and writable and _squares(block) and _fast(operand, other.view(-1, block_out)):
-            return _kernel("hopper_linear", "dds")
-    elif _squares(block) and _fast(operand, other):
-        return _kernel("hopper_sdd", "sdd")
-    return _kernel(f"triton_{name}", name)
+    if not operand.is_cuda or operand.dtype == torch.float64:
+        return getattr(reference, op)
+    product = _product(op, operand, other, block, width)
+    if product not in _chosen:
+        candidate = _decide(product)
+        _chosen[product] = None if candidate is None else load(candidate, op)
+    return _chosen[product]
+
+
+def load(candidate: Candidate, op: str) -> Callable[..., Any]:
+    """The function of a candidate."""
+    function = getattr(import_module(f"sparsify.kernels.{candidate.kernel}"), op)
+    return partial(function, **dict(candidate.options)) if candidate.options else function
+
+
+def forget() -> None:
+    """Makes the next calls decide anew, after measurements have been added."""
+    _chosen.clear()
+    tuning.forget()
+
+
+_chosen: dict[Product, Callable[..., Any] | None] = {}
+
+
+def _product(op: str, operand: Tensor, other: Tensor, block: tuple[int, int], width: int) -> Product:
+    # On the path of every call: nothing here may take long.
+    tokens, features = operand.shape
+    size, (stride, step) = operand.element_size(), operand.stride()
+    if op == "sdd":
+        others = other.stride()
+        gaps = step != 1 or others[1] != 1
+        addresses = stride * size | others[0] * size | operand.data_ptr() | other.data_ptr()
+        shape, blocks = (features, other.shape[1]), width
+    else:
+        gaps = step != 1
+        addresses = stride * size | width * size | operand.data_ptr() | other.data_ptr()
+        shape, blocks = (features, width) if op == "dds" else (width, features), other.shape[0]
+    if tokens > FEW_TOKENS:
+        grain = 1 << (tokens - 1).bit_length() - 3
+        tokens = -(-tokens // grain) * grain
+    return Product(
+        op, operand.get_device(), operand.dtype, tokens, *shape, block[1], block[0], blocks,
+        not gaps and addresses % 16 == 0, step == 1,
+    )  # fmt: skip
+
+
+def _candidates(product: Product) -> list[Candidate]:
+    able = [kernel for kernel in KERNELS if kernel.takes(product)]
+    explicit = [Candidate(kernel.name, options) for kernel in able for options in kernel.options]
+    return list(dict.fromkeys([Candidate(able[0].name), *explicit])) if able else []
+
+
+def _decide(product: Product) -> Candidate | None:
+    usable = _candidates(product)
+    measured = tuning.lookup(
+        product.op, torch.device("cuda", product.device), product.dtype,
+        (product.block_out, product.block_in), (product.out_features, product.in_features),
+        product.density, product.tokens,
+    )  # fmt: skip
+    return next((candidate for candidate in [*measured, *usable] if candidate in usable), None)

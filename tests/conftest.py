@@ -10,6 +10,7 @@ import tempfile
 # No test reaches a network, or reads or writes the caches of whoever runs it.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sparsify-tests-")
+os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # where `sparsify tune` keeps what it measured
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
