@@ -100,12 +100,12 @@ class Kernel(NamedTuple):
     Attributes:
         name: The module.
         takes: Whether it runs a product.
-        options: Keyword arguments to choose from by measurement; without any the kernel chooses for itself.
+        options: Keyword arguments to choose from by measurement, its own choice among them; none if it has none.
     """
 
     name: str
     takes: Callable[[Product], bool]
-    options: tuple[Options, ...] = ((),)
+    options: tuple[Options, ...] = ()
 
 
 def _each(**values: tuple[int, ...]) -> tuple[Options, ...]:
@@ -114,8 +114,8 @@ def _each(**values: tuple[int, ...]) -> tuple[Options, ...]:
 
 
 TILES = _each(tile=(256, 128))
-# The portable kernels' own choice, and one step away from it in each direction.
-PORTABLE = ((), *_each(tile=(32, 64)), *_each(step=(64, 128)), *_each(warps=(4, 8)), *_each(stages=(2, 4)))
+# One step away from the portable kernels' own choice in each direction; `stages` holds that choice.
+PORTABLE = (*_each(stages=(2, 3, 4)), *_each(tile=(32, 64)), *_each(step=(64, 128)), *_each(warps=(4, 8)))
 
 KERNELS = (
     Kernel("triton_decode", lambda p: p.op == "dsd" and 0 < p.tokens <= 32 and p.rows),
@@ -131,7 +131,10 @@ KERNELS = (
 def candidates(
     op: str, operand: Tensor, other: Tensor, block: tuple[int, int], width: int
 ) -> list[Candidate]:
-    """Everything that can run a product here, the choice of the rules of thumb first; see `choose`."""
+    """Everything that can run a product here, the choice of the rules of thumb first; see `choose`.
+
+    Of each kernel comes first the candidate without options, which chooses them for itself.
+    """
     if not operand.is_cuda or operand.dtype == torch.float64:
         return [Candidate("reference")]
     return _candidates(_product(op, operand, other, block, width))
@@ -199,8 +202,7 @@ def _product(op: str, operand: Tensor, other: Tensor, block: tuple[int, int], wi
 
 def _candidates(product: Product) -> list[Candidate]:
     able = [kernel for kernel in KERNELS if kernel.takes(product)]
-    explicit = [Candidate(kernel.name, options) for kernel in able for options in kernel.options]
-    return list(dict.fromkeys([Candidate(able[0].name), *explicit])) if able else []
+    return [Candidate(kernel.name, options) for kernel in able for options in ((), *kernel.options)]
 
 
 def _decide(product: Product) -> Candidate | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparsify import __version__
 from sparsify.errors import ConfigError
+from sparsify.kernels.tuning_files import cpu_name
 
 Inputs = Mapping[str, Tensor]
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -158,7 +159,7 @@ def environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     packages = ("torch", "triton", "transformers")
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpus,
@@ -226,13 +227,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -21,6 +21,14 @@ def layer_budget(dtype: torch.dtype, device: torch.device) -> float:
     return LAYER_TF32 if _is_tf32(dtype, device) else LAYER[dtype]
 
 
+def off_by(actual: Tensor, exact: Tensor, scale: Tensor) -> tuple[float, float]:
+    """Relative error of an output as a whole, and of its worst element; see `check_layer`."""
+    off = (actual.to(exact.dtype) - exact).abs()
+    error = (off.norm() / exact.norm().clamp_min(1e-30)).item()
+    worst = (off / (exact.abs() + scale).clamp_min(1e-30)).max().item() if off.numel() else 0.0
+    return error, worst
+
+
 def check_layer(name: str, actual: Tensor, exact: Tensor, scale: Tensor, budget: float) -> float:
     """Checks a layer's output as a whole and element by element.
 
@@ -37,9 +45,7 @@ def check_layer(name: str, actual: Tensor, exact: Tensor, scale: Tensor, budget:
     Raises:
         SparsifyError: If the error exceeds the budget; also if something is NaN.
     """
-    off = (actual.to(exact.dtype) - exact).abs()
-    error = (off.norm() / exact.norm().clamp_min(1e-30)).item()
-    worst = (off / (exact.abs() + scale).clamp_min(1e-30)).max().item() if off.numel() else 0.0
+    error, worst = off_by(actual, exact, scale)
     # Written so that NaN fails.
     if not (error <= budget and worst <= ELEMENT * budget):
         raise SparsifyError(
