@@ -27,9 +27,11 @@ class Case:
     density: float = 0.5
     empty_row: bool = False
     bias: bool = True
+    pattern: str = "uniform"
 
     def __str__(self) -> str:
-        kind = f"{self.density:g}" + ("-empty_row" if self.empty_row else "")
+        kind = f"{self.density:g}" if self.pattern == "uniform" else self.pattern
+        kind += "-empty_row" if self.empty_row else ""
         return f"M{self.tokens}-{self.out_features}x{self.in_features}-{self.block[0]}x{self.block[1]}-{kind}"
 
 
@@ -63,10 +65,24 @@ class Operands:
     topo: Topology
 
 
+# Masks that are not random: the kept blocks by row and column of the grid.
+PATTERNS = {
+    "full_row": lambda row, col: row == row.max(),  # one block row has all the work
+    "full_col": lambda row, col: col == col.max(),
+    "diagonal": lambda row, col: row % (col.max() + 1) == col,
+    "corner": lambda row, col: (row == row.max()) & (col == col.max()),  # one block, in the padding
+}
+
+
 def make(case: Case, dtype: torch.dtype, device: str = "cpu") -> Operands:
     """Random operands of a case; every number is exact in `dtype`."""
     shape, block = (case.out_features, case.in_features), BlockShape(*case.block)
-    keep = torch.rand(block.grid(shape)) < case.density
+    rows, cols = block.grid(shape)
+    if case.pattern == "uniform":
+        keep = torch.rand(rows, cols) < case.density
+    else:
+        row, col = torch.arange(rows)[:, None].expand(rows, cols), torch.arange(cols).expand(rows, cols)
+        keep = PATTERNS[case.pattern](row, col)
     if case.empty_row:
         keep[0] = False
     mask = BlockMask(keep, shape, block)
