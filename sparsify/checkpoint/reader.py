@@ -89,20 +89,39 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     config = read_config(folder)
     files = weight_files(folder)
     stored = read_headers(files)
-    quantization = config.get("quantization_config") or {}
-    layers: list[LayerInfo] = []
-    if quantization.get("quant_method") == QUANT_METHOD:
-        entries = check_format(quantization.get("format_version"), quantization.get("layers"))
-        lookup = _by_model_name(folder, stored, entries)
-        for name in sorted(entries, key=_natural):
-            for packed in packed_weights(name, entries[name]):
-                layers.append(_layer_info(name, entries[name]["kind"], packed, lookup))
+    layers = [
+        _layer_info(name, kind, packed, lookup)
+        for name, kind, packed, lookup in _packed_layers(folder, config, stored)
+    ]
     dense_bytes = sum(tensor.nbytes for tensor in stored.values()) - sum(
         layer.bytes_stored for layer in layers
     )
     return CheckpointInfo(
         folder, config, layers, dense_bytes, sum(file.stat().st_size for file in files), files
     )
+
+
+def read_masks(path: str | Path) -> dict[str, BlockMask]:
+    """The mask of every block-sparse weight matrix of a checkpoint, read from its indices alone.
+
+    Args:
+        path: A folder, or a name on the Hub (which is downloaded).
+
+    Returns:
+        Masks by the name of the matrix: the module's, for fused experts followed by the parameter's and a number.
+        None for a dense checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, damaged, or its indices are corrupted.
+    """
+    folder = check_source(path, trust_remote_code=True)  # none of it runs here
+    stored = read_headers(weight_files(folder))
+    masks: dict[str, BlockMask] = {}
+    for name, kind, packed, lookup in _packed_layers(folder, read_config(folder), stored):
+        _, crow, col = _tensors(name, packed, lookup)
+        for index, mask in enumerate(_masks(name, packed, _read_indices(crow), _read_indices(col))):
+            masks[name if kind != "experts" else f"{name}.{packed.name}.{index}"] = mask
+    return masks
 
 
 def check_weights(model: torch.nn.Module) -> None:
@@ -255,14 +274,34 @@ def _by_model_name(
     return {key_map(key): tensor for key, tensor in stored.items()}
 
 
-def _layer_info(name: str, kind: str, packed: PackedWeight, stored: Mapping[str, StoredTensor]) -> LayerInfo:
+def _packed_layers(
+    folder: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> Iterator[tuple[str, str, PackedWeight, Mapping[str, StoredTensor]]]:
+    """Name, kind and description of every packed weight, and where to find its tensors; none if all are dense."""
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        return
+    entries = check_format(quantization.get("format_version"), quantization.get("layers"))
+    lookup = _by_model_name(folder, stored, entries)
+    for name in sorted(entries, key=_natural):
+        for packed in packed_weights(name, entries[name]):
+            yield name, entries[name]["kind"], packed, lookup
+
+
+def _tensors(name: str, packed: PackedWeight, stored: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+    """Values, row pointers and columns of a packed weight."""
     index_names = [f"{name}.{packed.prefix}{part}_indices" for part in ("crow", "col")]
-    missing = [key for key in (f"{name}.{packed.name}", *index_names) if key not in stored]
+    keys = [f"{name}.{packed.name}", *index_names]
+    missing = [key for key in keys if key not in stored]
     if missing:
         raise CheckpointError(
             f"the checkpoint has no tensor {missing[0]}: a weight file is missing or damaged"
         )
-    values, crow, col = (stored[key] for key in (f"{name}.{packed.name}", *index_names))
+    return [stored[key] for key in keys]
+
+
+def _layer_info(name: str, kind: str, packed: PackedWeight, stored: Mapping[str, StoredTensor]) -> LayerInfo:
+    values, crow, col = _tensors(name, packed, stored)
     masks = _masks(name, packed, _read_indices(crow), _read_indices(col))
     shape = packed.shape if kind != "experts" else (packed.count, *packed.shape)
     elements = packed.count * packed.shape[0] * packed.shape[1]

@@ -24,6 +24,7 @@ from sparsify.cli.prune import prune
 from sparsify.cli.pruners import pruners
 from sparsify.cli.recipe import app as recipe_app
 from sparsify.cli.run import run
+from sparsify.cli.tune import tune
 from sparsify.errors import SparsifyError
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -98,6 +99,7 @@ app.command(
 app.command("bench", epilog=_example("sparsify bench path/to/sparse --against path/to/model --tokens 1,256"))(
     bench
 )
+app.command("tune", epilog=_example("sparsify tune path/to/sparse --tokens 1,16,256,4096"))(tune)
 app.command("densify", epilog=_example("sparsify densify path/to/sparse --out path/to/dense"))(densify)
 app.command("pruners", epilog=_example("sparsify pruners"))(pruners)
 app.add_typer(recipe_app, name="recipe")

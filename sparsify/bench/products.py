@@ -1,0 +1,227 @@
+"""One product of one weight: every kernel that can run it, checked against dense and then timed against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsify.bench import agreement
+from sparsify.bench.timing import race
+from sparsify.blocks import BlockMask
+from sparsify.kernels import dispatch
+from sparsify.kernels.storage import pack, topology
+from sparsify.kernels.tuning_files import Candidate
+
+# A kernel that is slower than the best by this factor is not tried with other options, or with the next weight.
+HOPELESS = 2.0
+# With few tokens a graph holds calls with this many copies of the weight: what starting it costs is shared by them,
+# and each reads its own weight, cold.
+COPIES, FEW_TOKENS = 4, 64
+# Rounds of the first, coarse race on a GPU.
+COARSE = 3
+
+
+class Weight:
+    """A random weight under a mask, on a device, in all forms that a contest needs.
+
+    Args:
+        mask: Kept blocks.
+        dtype: Of the values.
+        device: Where they are.
+    """
+
+    def __init__(self, mask: BlockMask, dtype: torch.dtype, device: torch.device) -> None:
+        self.mask, self.dtype, self.device = mask, dtype, device
+        random = torch.randn(mask.shape, device=device, dtype=dtype)
+        self.dense = [random / math.sqrt(mask.shape[1])]
+        self.values = [pack(self.dense[0], mask)]
+        crow, col = (index.to(device) for index in mask.csr())
+        self.topo = topology(crow, col, mask.keep.shape[1])
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """`(bi, bo)`."""
+        return self.mask.block.cols, self.mask.block.rows
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The masked weight `(N, K)` in a precision in which products are as good as exact."""
+        precision = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else torch.float64
+        return self.dense[0].to(precision) * self.mask.elements().to(self.device)
+
+    def copies(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Dense and packed values, `count` times, each time somewhere else in memory."""
+        while len(self.dense) < count:
+            self.dense.append(self.dense[0].clone())
+            self.values.append(self.values[0].clone())
+        return list(zip(self.dense[:count], self.values[:count], strict=True))
+
+
+@dataclass
+class Outcome:
+    """What a contest found.
+
+    Attributes:
+        dense: Median microseconds of the dense product.
+        times: Of each candidate that was timed to the end.
+        wrong: Candidates that failed or gave wrong results, and how.
+        ratios: Time of each candidate over the best one's, also of those that were given up early.
+    """
+
+    dense: float = math.nan
+    times: dict[Candidate, float] = field(default_factory=dict)
+    wrong: dict[Candidate, str] = field(default_factory=dict)
+    ratios: dict[Candidate, float] = field(default_factory=dict)
+
+
+class Product:
+    """`dsd`, `dds` or `sdd` of a weight at one number of tokens.
+
+    Args:
+        op: Which.
+        weight: The weight.
+        tokens: `M`.
+    """
+
+    def __init__(self, op: str, weight: Weight, tokens: int) -> None:
+        self.op, self.weight = op, weight
+        place = {"device": weight.device, "dtype": weight.dtype}
+        out_features, in_features = weight.mask.shape
+        self.x = torch.randn(tokens, in_features, **place)
+        self.dy = torch.randn(tokens, out_features, **place) if op != "dsd" else self.x
+        few = tokens <= FEW_TOKENS and weight.device.type == "cuda" and op != "sdd"
+        self.copies = weight.copies(_copies(weight) if few else 1)
+
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """Every kernel that takes the product, each with every set of options."""
+        blocks = self.weight.topo.col.numel()
+        out_features, in_features = self.weight.mask.shape
+        operands = {
+            "dsd": (self.x, self.copies[0][1], self.weight.block, out_features),
+            "dds": (self.dy, self.copies[0][1], self.weight.block, in_features),
+            "sdd": (self.dy, self.x, self.weight.block, blocks),
+        }
+        return dispatch.candidates(self.op, *operands[self.op])
+
+    def dense(self) -> None:
+        """The dense product, with every copy of the weight."""
+        for weight, _ in self.copies:
+            if self.op == "dsd":
+                F.linear(self.x, weight)
+            elif self.op == "dds":
+                torch.mm(self.dy, weight)
+            else:
+                torch.mm(self.dy.T, self.x)
+
+    def sparse(self, candidate: Candidate) -> Callable[[], Tensor]:
+        """The sparse product with every copy of the weight; the last one's result is returned."""
+        run = dispatch.load(candidate, self.op)
+        topo, (out_features, in_features) = self.weight.topo, self.weight.mask.shape
+
+        def call() -> Tensor:
+            result = self.x
+            for _, values in self.copies:
+                if self.op == "dsd":
+                    result = run(self.x, values, None, topo, out_features)
+                elif self.op == "dds":
+                    result = run(self.dy, values, topo, in_features)
+                else:
+                    result = run(self.dy, self.x, topo, *self.weight.block)
+            return result
+
+        return call
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The result, as good as exact."""
+        weight = self.weight.exact
+        if self.op == "dsd":
+            return self.x.to(weight.dtype) @ weight.T
+        if self.op == "dds":
+            return self.dy.to(weight.dtype) @ weight
+        return pack(self.dy.to(weight.dtype).T @ self.x.to(weight.dtype), self.weight.mask)
+
+    def fault(self, candidate: Candidate) -> str | None:
+        """Why a candidate is not to be used; `None` if its result is right."""
+        try:
+            # Its memory becomes the result's on a GPU: what a kernel forgets to write stays NaN.
+            poison = torch.full_like(self.exact, math.nan, dtype=self.weight.dtype)
+            del poison
+            actual = self.sparse(candidate)()
+            error, worst = agreement.off_by(actual, self.exact, self.exact.square().mean().sqrt())
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # nothing on this device would work after it
+        except Exception as error:  # whatever a compiler or a driver stumbles over
+            return f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+        budget = agreement.layer_budget(self.weight.dtype, self.weight.device)
+        if error <= budget and worst <= agreement.ELEMENT * budget:
+            return None
+        return f"off by {error:.2g} (one element by {worst:.2g}), allowed are {budget:.2g}"
+
+
+@torch.no_grad()
+def contest(product: Product, repeats: int, ratios: dict[Candidate, float] | None = None) -> Outcome:
+    """Times every candidate of a product against dense.
+
+    A first, coarse race compares the kernels as they choose their own options; those that are not far behind then run
+    against dense with each of their options.
+
+    Args:
+        product: The product.
+        repeats: Rounds of the race.
+        ratios: What a similar product's `Outcome.ratios` said: candidates far behind there are left out, and the
+            coarse race too.
+    """
+    known = ratios or {}
+    outcome = Outcome()
+    found = [candidate for candidate in product.candidates if known.get(candidate, 1.0) < HOPELESS]
+    bare = [candidate for candidate in found if not candidate.options]
+    outcome.wrong = _faults(product, bare)
+    sound = [candidate for candidate in bare if candidate not in outcome.wrong]
+    if len(sound) > 1 and not known:
+        outcome.ratios = _ratios(_race(product, sound, COARSE, dense=False))
+        sound = [candidate for candidate in sound if outcome.ratios[candidate] < HOPELESS]
+    kernels = {candidate.kernel for candidate in sound}
+    tuned = [candidate for candidate in found if candidate.options and candidate.kernel in kernels]
+    outcome.wrong |= _faults(product, tuned)
+    final = [candidate for candidate in tuned if candidate not in outcome.wrong]
+    # A kernel's own choice is among its options: timed once is enough.
+    tuned_kernels = {candidate.kernel for candidate in final}
+    final += [candidate for candidate in sound if candidate.kernel not in tuned_kernels]
+    times = _race(product, final, repeats, dense=True)
+    outcome.dense = times.pop("dense")
+    outcome.times = {candidate: times[str(candidate)] for candidate in final}
+    best = min(outcome.times.values(), default=math.nan)
+    outcome.ratios |= {candidate: time / best for candidate, time in outcome.times.items()}
+    return outcome
+
+
+def _faults(product: Product, candidates: Sequence[Candidate]) -> dict[Candidate, str]:
+    found = {candidate: product.fault(candidate) for candidate in candidates}
+    return {candidate: fault for candidate, fault in found.items() if fault is not None}
+
+
+def _race(product: Product, candidates: Sequence[Candidate], repeats: int, dense: bool) -> dict[str, float]:
+    """Microseconds of one product, by the candidate's text and `dense`."""
+    calls: dict[str, Callable[[], object]] = {"dense": product.dense} if dense else {}
+    calls |= {str(candidate): product.sparse(candidate) for candidate in candidates}
+    seconds = race(calls, product.weight.device, repeats).seconds
+    return {name: time / len(product.copies) * 1e6 for name, time in seconds.items()}
+
+
+def _ratios(times: dict[str, float]) -> dict[Candidate, float]:
+    best = min(times.values())
+    return {Candidate.parse(text): time / best for text, time in times.items()}
+
+
+def _copies(weight: Weight) -> int:
+    """How many copies a quarter of the free memory holds."""
+    size = 2 * weight.dense[0].nbytes
+    return max(1, min(COPIES, torch.cuda.mem_get_info(weight.device)[0] // 4 // size))
