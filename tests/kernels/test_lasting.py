@@ -1,4 +1,4 @@
-"""Memory that outlives its call; what needs a GPU is in tests/gpu/test_graphs_gpu.py."""
+"""Memory that outlives its call; what needs a GPU is in tests/gpu/test_compile_gpu.py."""
 
 import threading
 
