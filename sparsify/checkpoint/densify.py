@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsify.checkpoint import reader, writer
 from sparsify.errors import CheckpointError, OutputError
+from sparsify.layers.fusion import unfuse
 from sparsify.layers.kinds import dense_parameters
 from sparsify.layers.swap import replace_module, sparse_modules
 
@@ -26,6 +27,7 @@ def swap_out(model: PreTrainedModel) -> None:
     Args:
         model: A transformers model with its weights in memory.
     """
+    unfuse(model)
     skeleton = dense_skeleton(model)
     for name, sparse in sparse_modules(model).items():
         replace_module(model, name, dense_equivalent(sparse, skeleton.get_submodule(name)))

@@ -108,6 +108,7 @@ class BlockSparseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from sparsify.checkpoint import dtypes
         from sparsify.checkpoint.check import check_loaded
+        from sparsify.layers.fusion import fuse
         from sparsify.layers.swap import sparse_modules
 
         modules = sparse_modules(model)
@@ -115,6 +116,7 @@ class BlockSparseQuantizer(HfQuantizer):
         dtypes.settle(model, self._dtypes)
         for name, module in modules.items():
             module.refresh(name)
+        fuse(model)
         # The weights are ordinary floating point: `.half()`, `.float()`, torch.compile and training all work, which
         # transformers forbids to what calls itself quantized.
         model.is_quantized = False  # pyright: ignore[reportArgumentType]

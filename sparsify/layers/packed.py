@@ -114,7 +114,10 @@ class PackedModule(nn.Module):
     def topology(self, name: str, index: int = 0) -> Topology:
         """Index vectors of matrix `index` of the packed weight `name`."""
         packed, buffers = self.packed[name], self._buffers
-        topo = Topology(*[buffers[key] for key in self._index_names[name]])  # pyright: ignore[reportArgumentType]
+        # On the path of every call: written out, this takes half the time.
+        crow, col, row, t_crow, t_row, t_block = self._index_names[name]
+        found = buffers[crow], buffers[col], buffers[row], buffers[t_crow], buffers[t_row], buffers[t_block]
+        topo = Topology(*found)  # pyright: ignore[reportArgumentType]
         if packed.count == 1:
             return topo
         rows, cols = packed.grid

@@ -6,6 +6,7 @@ from torch import nn
 
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import SparsifyError
+from sparsify.layers.fusion import fuse
 from sparsify.layers.kinds import matrices, to_sparse
 from sparsify.layers.packed import PackedModule
 
@@ -25,6 +26,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def convert(model: nn.Module, masks: dict[str, BlockMask]) -> None:
     """Swaps every layer that has a mask for its block-sparse equivalent; weights outside the masks are gone after it.
 
+    MLPs that are block-sparse then are fused, see `fusion`.
+
     Args:
         model: Dense model.
         masks: Mask of each weight matrix by `PrunableLayer.name`.
@@ -43,6 +46,7 @@ def convert(model: nn.Module, masks: dict[str, BlockMask]) -> None:
         raise SparsifyError(f"masks name no dense weight of the model: {', '.join(sorted(unclaimed)[:3])}")
     for name, own in by_module.items():
         replace_module(model, name, to_sparse(name, model.get_submodule(name), own))
+    fuse(model)
 
 
 def sparse_modules(model: nn.Module) -> dict[str, PackedModule]:
