@@ -129,6 +129,8 @@ class _Run:
     def run(self, force: bool) -> RunResult:
         """The stages that are not finished yet, then the output."""
         state, stages = self.state, self.recipe.stages
+        for line in self.plan.notes if not self.saved else ():
+            state.note(line)
         for index in range(self.finished, len(stages)):
             stage = stages[index]
             state.index = index
@@ -162,7 +164,7 @@ class _Run:
         state = State(
             recipe, model, processor, self.plan.task, device, self.progress, keep=self._keep_before_training
         )
-        for key in ("columns", "history", "notes", "choices", "trained"):
+        for key in ("columns", "history", "notes", "choices", "trained", "slower"):
             if key in saved:
                 setattr(state, key, saved[key])
         state.kept_dense = [
@@ -217,6 +219,7 @@ class _Run:
             "choices": state.choices,
             "trained": state.trained,
             "kept_dense": [asdict(kept) for kept in state.kept_dense],
+            "slower": state.slower,
         }
         self.work.write(self.saved)
 

@@ -12,6 +12,7 @@ from torch import nn
 from sparsify import data
 from sparsify.checkpoint import reader, writer
 from sparsify.errors import CheckpointError, ConfigError, OutputError, SparsifyError
+from sparsify.prediction import predict, warning
 from sparsify.pruner import PrunableLayer
 from sparsify.recipe import (
     CalibrateStage,
@@ -56,6 +57,7 @@ class Plan:
         bytes_dense: Bytes of the dense weights.
         bytes_out: Estimated bytes of the weights to be written.
         bytes_work: Estimated bytes of the work folder while the run goes on.
+        notes: What the user should know before the run.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Plan:
     bytes_dense: int = 0
     bytes_out: int = 0
     bytes_work: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -101,7 +104,7 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
     if out is not None:
         writer.check_output(out, force, 0)
         _refuse_own_folder(recipe)
-    resolve_device(recipe.device)
+    device = resolve_device(recipe.device)
     for spec in used_data(recipe):
         data.check(spec)
     if Path(recipe.model).expanduser().exists() or recipe.model.startswith(("/", ".", "~")):
@@ -116,9 +119,8 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
         bytes_dense=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
     )
     _needs_task(recipe, plan)
-    removed = _plan_layers(recipe, model, plan)
-    converts = any(_packs(stage) for stage in recipe.stages)
-    plan.bytes_out = plan.bytes_dense - (removed if converts else 0) if out is not None else 0
+    removed = _plan_layers(recipe, model, plan, device)
+    plan.bytes_out = plan.bytes_dense - removed if out is not None else 0
     if any(isinstance(stage, FinetuneStage) for stage in recipe.stages):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         trainer = CHECKPOINTS_AT_ONCE * CHECKPOINT_BYTES_PER_PARAMETER * parameters
@@ -261,9 +263,12 @@ def _needs_task(recipe: Recipe, plan: Plan) -> None:
         )
 
 
-def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan) -> int:
-    """Fills in what will be pruned; returns the bytes that packing the pruned layers would save."""
+def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.device) -> int:
+    """Fills in what will be pruned, and what that promises on this device; returns the bytes that packing will save."""
+    packs = any(_packs(stage) for stage in recipe.stages)
+    all_packed = any(getattr(stage, "dense_where_slower", "") == "never" for stage in recipe.stages)
     saved: dict[str, int] = {}
+    notes: dict[str, None] = {}
     for stage in recipe.stages:
         settings = stage if isinstance(stage, PruneStage) else getattr(stage, "pruner", None)
         if settings is None:
@@ -274,7 +279,24 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan) -> int:
         ]
         plan.kept_dense = selection.dense
         plan.sparsity, plan.scope = settings.sparsity, settings.scope
-        saved |= {layer.name: _saved_bytes(layer, settings.sparsity) for layer in selection.layers}
+        if not packs:
+            continue
+        # Nothing is measured of experts, whose matrices have an index.
+        judged = [layer for layer in selection.layers if layer.index is None]
+        shapes, dtype = [layer.shape for layer in judged], selection.layers[0].parameter.dtype
+        line = warning(device, dtype, settings.block, shapes, settings.sparsity)
+        notes |= {line: None} if line is not None else {}
+        found = {
+            shape: predict(device, dtype, settings.block, shape, 1 - settings.sparsity)
+            for shape in set(shapes)
+        }
+        slower = {
+            shape for shape, prediction in found.items() if prediction is not None and prediction.slower
+        }
+        for layer in selection.layers:
+            stays_dense = layer.index is None and layer.shape in slower and not all_packed
+            saved[layer.name] = 0 if stays_dense else _saved_bytes(layer, settings.sparsity)
+    plan.notes = list(notes)
     return sum(saved.values())
 
 

@@ -227,10 +227,17 @@ class FinetuneStage(Strict):
 
 
 class ConvertStage(Strict):
-    """Fixes the weights' final form: packed blocks, or dense with zeros for other runtimes."""
+    """Fixes the weights' final form: packed blocks, or dense with zeros for other runtimes.
+
+    Attributes:
+        format: `block_sparse`, or `dense` for all layers.
+        dense_where_slower: `auto` leaves single layers dense, with zeros, that this machine's measurements (`sparsify
+            tune`) predict to run slower block-sparse; `never` packs them all the same, for the smaller file.
+    """
 
     stage: Literal["convert"]
     format: Literal["block_sparse", "dense"] = "block_sparse"
+    dense_where_slower: Literal["auto", "never"] = "auto"
 
 
 class EvaluateStage(Strict):
@@ -351,6 +358,7 @@ class Recipe(Strict):
         options: Sequence[str],
         data: str | None,
         length: int = 512,
+        dense_where_slower: str = "auto",
         **values: Any,
     ) -> Recipe:
         """The recipe of `sparsify prune`: prune once, pack, report.
@@ -360,6 +368,7 @@ class Recipe(Strict):
             options: Options of the pruner, as `key=value`.
             data: File, folder or `datasets` name to calibrate with, if the pruner needs that.
             length: Tokens in one sample of that data.
+            dense_where_slower: Of the convert stage.
             **values: Top-level keys of the recipe.
 
         Raises:
@@ -368,7 +377,8 @@ class Recipe(Strict):
         for option in options:
             if "=" not in option:
                 raise ConfigError(f"--option {option}: expected key=value, such as norm=l1")
-        stages: list[dict[str, Any]] = [{"stage": "prune"}, {"stage": "convert"}, {"stage": "report"}]
+        convert = {"stage": "convert", "dense_where_slower": dense_where_slower}
+        stages: list[dict[str, Any]] = [{"stage": "prune"}, convert, {"stage": "report"}]
         stages[0] |= {key: value for key, value in pruning.items() if value is not None}
         recipe: dict[str, Any] = {"version": 1, "name": "prune", "stages": stages}
         if data is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import torch
 
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.checkpoint.files import StoredTensor, read_headers, weight_files
-from sparsify.checkpoint.format import QUANT_METHOD, check_format, packed_weights
+from sparsify.checkpoint.format import KEPT_DENSE, QUANT_METHOD, REPORT_FILE, check_format, packed_weights
 from sparsify.checkpoint.sources import check_source, local_folder, read_config
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.kernels.storage import validate_indices
@@ -66,6 +68,7 @@ class CheckpointInfo:
         dense_bytes: Bytes of all other tensors.
         total_bytes: Bytes of the weight files.
         files: The weight files.
+        kept_dense: Pruned layers that are dense all the same, and why.
     """
 
     path: Path
@@ -74,6 +77,7 @@ class CheckpointInfo:
     dense_bytes: int
     total_bytes: int
     files: list[Path]
+    kept_dense: dict[str, str]
 
 
 def open_checkpoint(path: str | Path) -> CheckpointInfo:
@@ -96,9 +100,19 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     dense_bytes = sum(tensor.nbytes for tensor in stored.values()) - sum(
         layer.bytes_stored for layer in layers
     )
+    total_bytes = sum(file.stat().st_size for file in files)
     return CheckpointInfo(
-        folder, config, layers, dense_bytes, sum(file.stat().st_size for file in files), files
+        folder, config, layers, dense_bytes, total_bytes, files, _kept_dense(folder, config)
     )
+
+
+def _kept_dense(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """What the config says of pruned layers that are dense; where all are dense, what the report says."""
+    kept = (config.get("quantization_config") or {}).get(KEPT_DENSE)
+    if kept is None and "quantization_config" not in config:
+        with suppress(OSError, ValueError, AttributeError):
+            kept = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")).get("slower")
+    return {str(name): str(why) for name, why in kept.items()} if isinstance(kept, dict) else {}
 
 
 def read_masks(path: str | Path) -> dict[str, BlockMask]:

@@ -19,6 +19,7 @@ def inspect(path: options.Model, json: options.Json = False) -> None:
                 "path": info.path,
                 "architectures": info.config.get("architectures"),
                 "layers": layers,
+                "kept_dense": info.kept_dense,
                 "dense_bytes": info.dense_bytes,
                 "total_bytes": info.total_bytes,
                 "files": info.files,
@@ -46,6 +47,9 @@ def inspect(path: options.Model, json: options.Json = False) -> None:
         )
     else:
         console.say("no block-sparse layers: a dense checkpoint")
+    if info.kept_dense:
+        title = f"pruned, and dense all the same: {len(info.kept_dense)}"
+        console.print_table(["layer", "why"], [[name, why] for name, why in info.kept_dense.items()], title)
     console.say(
         f"other tensors {console.size(info.dense_bytes)}; {len(info.files)} weight "
         f"{'file' if len(info.files) == 1 else 'files'}, {console.size(info.total_bytes)}"

@@ -44,6 +44,13 @@ def prune(
         str | None, typer.Option("--data", help="Calibration data, for pruners that look at layer inputs.")
     ] = None,
     length: Annotated[int, typer.Option("--length", help="Tokens in one sample of --data.")] = 512,
+    dense_where_slower: Annotated[
+        str,
+        typer.Option(
+            "--dense-where-slower",
+            help="auto leaves layers dense that would run slower block-sparse here; never packs all.",
+        ),
+    ] = "auto",
     force: options.Force = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
@@ -70,6 +77,7 @@ def prune(
         option or (),
         data,
         length,
+        dense_where_slower,
         model=model,
         out=str(out),
         device=device,

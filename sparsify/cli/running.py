@@ -53,6 +53,8 @@ def _print_plan(plan: Plan) -> None:
         console.print_table(["layer", "shape", "block", "blocks"], rows[:SHOWN_LAYERS], title)
         _more(len(rows))
     _print_kept_dense([[kept.name, _sides(kept.shape), kept.reason] for kept in plan.kept_dense])
+    for note in plan.notes:
+        console.say(f"note: {note}")
     console.say(
         f"dense weights {console.size(plan.bytes_dense)}; to be written about {console.size(plan.bytes_out)}"
     )

@@ -1,9 +1,12 @@
-"""The weights' final form: packed blocks, or dense with zeros."""
+"""The weights' final form: packed blocks, or dense with zeros, also layer by layer where dense is faster."""
 
 from __future__ import annotations
 
+from sparsify.checkpoint.format import KEPT_DENSE
 from sparsify.checkpoint.quantizer import attach
+from sparsify.kernels.tuning_files import device_name
 from sparsify.layers import swap
+from sparsify.prediction import predict
 from sparsify.recipe import ConvertStage
 from sparsify.stages.state import State
 
@@ -11,14 +14,57 @@ from sparsify.stages.state import State
 def run(stage: ConvertStage, state: State) -> None:
     """Packs the model's layers, unless dense weights are asked for or a stage before packed them already."""
     if stage.format == "block_sparse":
+        choose(state, stage.dense_where_slower)
         pack(state)
 
 
+def choose(state: State, dense_where_slower: str) -> None:
+    """Decides which masked layers stay dense because they are predicted to run slower block-sparse, and says so.
+
+    Args:
+        state: The state of the run; its `slower` is brought up to date.
+        dense_where_slower: `auto`, or `never` for none.
+    """
+    if dense_where_slower == "never":
+        state.slower = {}
+        return
+    modules = dict(state.model.named_modules())
+    layers = {name: mask for name, mask in state.dense_masks.items() if name not in state.slower}
+    unknown, slower = 0, {}
+    for name, mask in layers.items():
+        prediction = None
+        # Experts are swapped all together, and each works on the tokens that are sent to it: nothing predicts them.
+        if name in modules:
+            prediction = predict(state.device, state.model.dtype, mask.block, mask.shape, mask.density)
+        if prediction is None:
+            unknown += 1
+        elif prediction.slower:
+            slower[name] = f"predicted {prediction} here"
+    state.slower |= slower
+    machine, count = device_name(state.device), len(layers)
+    if unknown:
+        which = "the" if unknown == count else f"{unknown} of the"
+        state.note(
+            f"dense_where_slower: nothing like {which} {count} pruned weights was measured on {machine}, so these are "
+            f"packed without knowing whether they run faster; `sparsify tune` measures them"
+        )
+    if slower:
+        state.note(
+            f"dense_where_slower: {len(slower)} of {count} pruned weights stay dense, with zeros, because they are "
+            f"predicted to run slower block-sparse on {machine}; `never` packs them all the same"
+        )
+
+
 def pack(state: State) -> None:
-    """Swaps masked layers for block-sparse ones that hold the kept blocks alone."""
-    masks = state.dense_masks
+    """Swaps masked layers for block-sparse ones that hold the kept blocks alone; the chosen ones stay dense."""
+    masks = {name: mask for name, mask in state.dense_masks.items() if name not in state.slower}
     if not masks:
         return
     with state.progress.task("packing blocks"):
         swap.convert(state.model, masks)
         attach(state.model)
+    extra = state.model.config.quantization_config.extra
+    packed = swap.sparse_modules(state.model)
+    kept = {name: why for name, why in extra.pop(KEPT_DENSE, {}).items() if name not in packed} | state.slower
+    if kept:
+        extra[KEPT_DENSE] = kept

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sparsify import masking
 from sparsify.layers.swap import sparse_modules
-from sparsify.recipe import FinetuneStage
-from sparsify.stages.convert import pack
+from sparsify.recipe import ConvertStage, FinetuneStage
+from sparsify.stages.convert import choose, pack
 from sparsify.stages.heal_choice import faster_form
 from sparsify.stages.prune import budget, prepare
 from sparsify.stages.state import State
@@ -45,14 +45,20 @@ def _heal(stage: FinetuneStage, state: State, samples: Samples, length: int) -> 
     """Trains kept blocks alone: packed, or in dense weights under the mask."""
     form = _form(stage, state, stage.batch * length)
     if form == "packed":
+        choose(state, _dense_where_slower(state))
         pack(state)
     state.keep()
-    if form == "masked":
-        masking.mask_model(state.model, state.masks, dense_gradient=False)
+    # All that is masked, or what stays dense beside packed layers.
+    masking.mask_model(state.model, state.dense_masks, dense_gradient=False)
     _train(stage, state, samples)
-    if form == "masked":
-        masking.unmask(state.model)
+    masking.unmask(state.model)
     state.trained = bool(state.masks)
+
+
+def _dense_where_slower(state: State) -> str:
+    """What the conversion to come says of layers that would be slower; without one the default decides."""
+    later = state.recipe.stages[state.index :]
+    return next((stage.dense_where_slower for stage in later if isinstance(stage, ConvertStage)), "auto")
 
 
 def _form(stage: FinetuneStage, state: State, tokens: int) -> str:

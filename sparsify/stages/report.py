@@ -10,6 +10,7 @@ from sparsify import measure
 from sparsify.blocks import BlockMask
 from sparsify.recipe import ReportStage
 from sparsify.stages.state import State
+from sparsify.targets import KeptDense
 
 # Names of quality measures in the table; `loss`, `tokens` and `samples` stay in the file alone.
 QUALITIES = {"perplexity": "perplexity", "accuracy": "accuracy (%)", "spearman": "Spearman x 100"}
@@ -25,12 +26,15 @@ def build(state: State) -> dict[str, Any]:
 
     Returns:
         `sparsify` (version), `environment`, `recipe`, `layers` (shape, block, blocks, density, and bytes of the
-        weight stored and dense), `kept_dense` (with reasons), `totals`, `columns` (see `evaluate_models`),
+        weight stored and dense), `kept_dense` (with reasons), `slower` (those of them that were pruned and would run
+        slower block-sparse), `totals`, `columns` (see `evaluate_models`),
         `history` (losses of each finetune stage) and `notes`.
     """
     element_size = state.model.dtype.itemsize
     dense = state.dense_masks
     layers = [layer_entry(name, mask, name not in dense, element_size) for name, mask in state.masks.items()]
+    kept = [kept for kept in state.kept_dense if kept.name not in state.slower]
+    kept += [KeptDense(name, state.masks[name].shape, reason) for name, reason in state.slower.items()]
     return {
         "sparsify": sparsify.__version__,
         "environment": measure.environment(),
@@ -38,8 +42,9 @@ def build(state: State) -> dict[str, Any]:
         "task": state.task,
         "layers": layers,
         "kept_dense": [
-            {"name": kept.name, "shape": list(kept.shape), "reason": kept.reason} for kept in state.kept_dense
+            {"name": layer.name, "shape": list(layer.shape), "reason": layer.reason} for layer in kept
         ],
+        "slower": state.slower,
         "totals": totals(state.masks),
         "columns": state.columns,
         "history": state.history,

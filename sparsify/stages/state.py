@@ -31,6 +31,7 @@ class State:
         index: Position of the stage that runs, from 0.
         masks: Masks in force, by the name of the matrix.
         kept_dense: Layers that the last pruning left dense, and why.
+        slower: Masked layers that stay dense because they would run slower block-sparse, and the reason in words.
         statistics: Calibration statistics, by layer name.
         columns: Measurements by label, in order.
         history: Loss histories: `{"stage": index, "points": [...]}`.
@@ -53,6 +54,7 @@ class State:
     index: int = 0
     masks: dict[str, BlockMask] = field(default_factory=dict)
     kept_dense: list[KeptDense] = field(default_factory=list)
+    slower: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -67,8 +69,8 @@ class State:
 
     @property
     def packed(self) -> bool:
-        """Whether the model has block-sparse layers and no mask is left that applies to dense ones."""
-        return bool(sparse_modules(self.model)) and not self.dense_masks
+        """Whether the model has block-sparse layers, and every masked one that is dense is meant to be."""
+        return bool(sparse_modules(self.model)) and self.dense_masks.keys() <= self.slower.keys()
 
     @property
     def dense_masks(self) -> dict[str, BlockMask]:
@@ -79,6 +81,7 @@ class State:
     def prune(self, masks: dict[str, BlockMask], kept_dense: list[KeptDense]) -> None:
         """Takes in the masks of a pruning; those that earlier prunings made for other weights stay in force."""
         self.masks = {**self.masks, **masks}
+        self.slower = {name: why for name, why in self.slower.items() if name not in masks}
         names = [f"{name}." for name in self.masks]
         self.kept_dense = [
             kept for kept in kept_dense if not any(name.startswith(f"{kept.name}.") for name in names)
