@@ -18,8 +18,8 @@ from sparsify.plan import skeleton
 from sparsify.recipe import Recipe
 from sparsify.targets import select
 
-# Layers whose densities differ by less than this are measured once.
-DENSITY_STEP = 0.02
+# Layers whose densities differ by less than this are measured once: between densities times are interpolated.
+DENSITY_STEP = 0.05
 
 # Weights (N, K) of Llama-3-8B, Llama-3.2-1B, ViT-H and BERT-base, and all else that a shipped table is made of.
 STANDARD_SHAPES = (
