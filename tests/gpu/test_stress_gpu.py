@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsify.kernels import dispatch
-from sparsify.kernels.ops import block_sparse_linear
+from sparsify.kernels import dispatch, reference
+from sparsify.kernels.ops import Operand, block_sparse_gated, block_sparse_linear
 from sparsify.kernels.storage import pack
 from tests.kernels.oracle import PATTERNS, Case, assert_close, make
-from tests.kernels.stress import LAYOUTS, TOKENS, check, check_containment
+from tests.kernels.stress import LAYOUTS, TOKENS, check, check_containment, poisoned_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -115,6 +115,47 @@ def test_layouts(layout):
 @pytest.mark.parametrize("tokens", [7, 777])
 def test_nan_and_infinity_stay_where_they_belong(block, tokens):
     check_containment(every_kernel, Case(tokens, *_sizes(block), block, 0.4), torch.bfloat16, DEVICE)
+
+
+def _apply(y, activation):
+    """An activation function by torch itself."""
+    exact = {"": lambda y: y, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+    return F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else exact[activation](y)
+
+
+@pytest.mark.parametrize("block", [(64, 64), (32, 32)], ids=str)
+@pytest.mark.parametrize("tokens", [7, 777])
+@torch.no_grad()
+def test_activations(block, tokens):
+    case = Case(tokens, *_sizes(block), block, 0.4)
+    o = make(case, torch.bfloat16, DEVICE)
+    exact = F.linear(o.x.double(), o.weight.double(), o.bias.double())
+    dense = F.linear(o.x, o.weight, o.bias)
+    for activation in reference.ACTIVATIONS:
+        with poisoned_memory():
+            y = block_sparse_linear(o.x, o.values, o.bias, o.topo, case.out_features, activation)
+        assert_close(y, _apply(exact, activation), _apply(dense, activation))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@torch.no_grad()
+def test_gated_products(block):
+    sizes = _sizes(block)
+    for tokens in (1, 7, 33, 64, 777):
+        gate, up = (
+            make(Case(tokens, *sizes, block, 0.4, empty_row=e), torch.bfloat16, DEVICE) for e in (True, False)
+        )
+        operands = [Operand(o.values, o.bias, o.topo) for o in (gate, up)]
+        arguments = (gate.x, *operands, sizes[0], "silu")
+        with poisoned_memory():
+            y, again = (block_sparse_gated(*arguments) for _ in range(2))
+        assert torch.equal(y, again)
+        exact, dense = (
+            F.silu(F.linear(x, *(t.to(x.dtype) for t in (gate.weight, gate.bias))))
+            * F.linear(x, *(t.to(x.dtype) for t in (up.weight, up.bias)))
+            for x in (gate.x.double(), gate.x)
+        )
+        assert_close(y, exact, dense)
 
 
 def _gradients(o, product, dtype=None):
