@@ -18,8 +18,9 @@ from sparsify.kernels import dispatch
 from sparsify.kernels.storage import pack, topology
 from sparsify.kernels.tuning_files import Candidate
 
-# A kernel that is slower than the best by this factor is not tried with other options, or with the next weight.
-HOPELESS = 2.0
+# A kernel that is slower than the best by this factor is given up, also for the next weight. Each set of options may
+# cost a compilation: a kernel that has many is tried with them only where it is close.
+HOPELESS, CLOSE, MANY_OPTIONS = 2.0, 1.25, 4
 # With few tokens a graph holds calls with this many copies of the weight: what starting it costs is shared by them,
 # and each reads its own weight, cold.
 COPIES, FEW_TOKENS = 4, 64
@@ -71,7 +72,7 @@ class Outcome:
         dense: Median microseconds of the dense product.
         times: Of each candidate that was timed to the end.
         wrong: Candidates that failed or gave wrong results, and how.
-        ratios: Time of each candidate over the best one's, also of those that were given up early.
+        ratios: Time over the best one's of each candidate that was timed to the end.
     """
 
     dense: float = math.nan
@@ -176,36 +177,43 @@ def contest(product: Product, repeats: int, ratios: dict[Candidate, float] | Non
     Args:
         product: The product.
         repeats: Rounds of the race.
-        ratios: What a similar product's `Outcome.ratios` said: candidates far behind there are left out, and the
-            coarse race too.
+        ratios: What a similar product's `Outcome.ratios` said: only candidates that were not far behind there are
+            timed, without a coarse race.
     """
-    known = ratios or {}
     outcome = Outcome()
-    found = [candidate for candidate in product.candidates if known.get(candidate, 1.0) < HOPELESS]
-    bare = [candidate for candidate in found if not candidate.options]
-    outcome.wrong = _faults(product, bare)
-    sound = [candidate for candidate in bare if candidate not in outcome.wrong]
-    if len(sound) > 1 and not known:
-        outcome.ratios = _ratios(_race(product, sound, COARSE, dense=False))
-        sound = [candidate for candidate in sound if outcome.ratios[candidate] < HOPELESS]
-    kernels = {candidate.kernel for candidate in sound}
-    tuned = [candidate for candidate in found if candidate.options and candidate.kernel in kernels]
-    outcome.wrong |= _faults(product, tuned)
-    final = [candidate for candidate in tuned if candidate not in outcome.wrong]
-    # A kernel's own choice is among its options: timed once is enough.
-    tuned_kernels = {candidate.kernel for candidate in final}
-    final += [candidate for candidate in sound if candidate.kernel not in tuned_kernels]
+    final = [c for c in product.candidates if (ratios or {}).get(c, math.inf) < HOPELESS]
+    final = _sound(product, final, outcome) or _finalists(product, outcome)
     times = _race(product, final, repeats, dense=True)
     outcome.dense = times.pop("dense")
     outcome.times = {candidate: times[str(candidate)] for candidate in final}
     best = min(outcome.times.values(), default=math.nan)
-    outcome.ratios |= {candidate: time / best for candidate, time in outcome.times.items()}
+    outcome.ratios = {candidate: time / best for candidate, time in outcome.times.items()}
     return outcome
 
 
-def _faults(product: Product, candidates: Sequence[Candidate]) -> dict[Candidate, str]:
+def _finalists(product: Product, outcome: Outcome) -> list[Candidate]:
+    """Kernels that are not far behind the best as they choose their own options, and these kernels with others."""
+    bare = [candidate for candidate in product.candidates if not candidate.options]
+    bare = _sound(product, bare, outcome)
+    ratios = dict.fromkeys(bare, 1.0)
+    if len(bare) > 1:
+        times = _race(product, bare, COARSE, dense=False)
+        ratios = {candidate: times[str(candidate)] / min(times.values()) for candidate in bare}
+    finalists = []
+    for kernel in (candidate for candidate in bare if ratios[candidate] < HOPELESS):
+        options = [c for c in product.candidates if c.kernel == kernel.kernel and c.options]
+        if len(options) > MANY_OPTIONS and ratios[kernel] > CLOSE:
+            options = []
+        # A kernel's own choice is among its options: timed once is enough.
+        finalists += _sound(product, options, outcome) or [kernel]
+    return finalists
+
+
+def _sound(product: Product, candidates: Sequence[Candidate], outcome: Outcome) -> list[Candidate]:
+    """The candidates whose results are right; what is wrong with the others is kept."""
     found = {candidate: product.fault(candidate) for candidate in candidates}
-    return {candidate: fault for candidate, fault in found.items() if fault is not None}
+    outcome.wrong |= {candidate: fault for candidate, fault in found.items() if fault is not None}
+    return [candidate for candidate, fault in found.items() if fault is None]
 
 
 def _race(product: Product, candidates: Sequence[Candidate], repeats: int, dense: bool) -> dict[str, float]:
@@ -214,11 +222,6 @@ def _race(product: Product, candidates: Sequence[Candidate], repeats: int, dense
     calls |= {str(candidate): product.sparse(candidate) for candidate in candidates}
     seconds = race(calls, product.weight.device, repeats).seconds
     return {name: time / len(product.copies) * 1e6 for name, time in seconds.items()}
-
-
-def _ratios(times: dict[str, float]) -> dict[Candidate, float]:
-    best = min(times.values())
-    return {Candidate.parse(text): time / best for text, time in times.items()}
 
 
 def _copies(weight: Weight) -> int:

@@ -194,7 +194,7 @@ class Run:
         """One product: its entry, or nothing if no kernel gave the right result."""
         neighbour = op, case.dtype, case.mask.block, case.mask.shape, tokens
         outcome = contest(Product(op, weight, tokens), self.repeats, self.ratios.get(neighbour))
-        self.ratios.setdefault(neighbour, {}).update(outcome.ratios)
+        self.ratios[neighbour] = outcome.ratios
         sides = "x".join(map(str, case.mask.shape))
         for candidate, fault in outcome.wrong.items():
             where = f"{op} of {sides} in {case.mask.block} at {tokens} tokens"

@@ -84,11 +84,22 @@ class TestContest:
     def test_a_hopeless_kernel_is_not_tried_with_options_or_again(self, monkeypatch):
         runners = Runners(monkeypatch, {"a": 2, "b": 5, "b tile=1": 5, "c": 3, "c tile=1": 9})
         outcome = contest(Product("dsd", weight(), 4), 5)
-        assert runners.raced[1] == ["dense", "c tile=1", "a"]
+        assert runners.raced[1] == ["dense", "a", "c tile=1"]
         ran = len(runners.ran)
         contest(Product("dsd", weight(0.25), 4), 5, outcome.ratios)
-        assert runners.raced[2:] == [["dense", "a", "c"]]  # the coarse race too is known already
-        assert set(runners.ran[ran:]) == {"a", "c"}
+        assert runners.raced[2:] == [["dense", "a"]]  # the coarse race is known already
+        assert set(runners.ran[ran:]) == {"a"}
+
+    def test_many_options_are_tried_only_where_the_kernel_is_close(self, monkeypatch):
+        options = [f"{kernel} tile={tile}" for kernel in "abc" for tile in range(1, 6)]
+        runners = Runners(monkeypatch, {"a": 1, "b": 1.2, "c": 1.3} | dict.fromkeys(options, 1))
+        contest(Product("dsd", weight(), 4), 5)
+        assert runners.raced[1] == ["dense", *options[:10], "c"]
+
+    def test_what_was_fast_and_is_wrong_now_is_replaced(self, monkeypatch):
+        runners = Runners(monkeypatch, {"a": 2, "b": 1}, {"b": math.nan})
+        outcome = contest(Product("dsd", weight(), 4), 5, {Candidate("b"): 1.0})
+        assert list(map(str, outcome.times)) == ["a"] and runners.raced == [["dense", "a"]]
 
     @pytest.mark.parametrize("fault", [math.nan, 1e3, math.inf])
     @pytest.mark.parametrize("op", ["dsd", "dds", "sdd"])
