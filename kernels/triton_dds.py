@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
-from sparsify.kernels.triton_common import dot, dot_options, token_tile
+from sparsify.kernels.triton_common import cdiv, dot, dot_options, token_tile
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def dds(
         return dx
     cols, tile = topo.t_crow.numel() - 1, tile or token_tile(tokens)
     launch(
-        _dds_kernel, (triton.cdiv(tokens, tile), cols, 1),
+        _dds_kernel, (cdiv(tokens, tile), cols, 1),
         (
             dx,
             dy, values, topo.t_crow, topo.t_row, topo.t_block,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
-from sparsify.kernels.triton_common import activate, dot, dot_options, token_tile
+from sparsify.kernels.triton_common import activate, cdiv, dot, dot_options, token_tile
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def dsd(
         return y
     rows, tile = topo.crow.numel() - 1, tile or token_tile(tokens)
     launch(
-        _dsd_kernel, (triton.cdiv(tokens, tile), rows, 1),
+        _dsd_kernel, (cdiv(tokens, tile), rows, 1),
         (
             y,
             x, values, bias, multiply, topo.crow, topo.col,
