@@ -70,9 +70,23 @@ class Product(NamedTuple):
         return self.block_out % 64 == 0 and self.block_in % 64 == 0
 
     @property
+    def narrow(self) -> bool:
+        """Whether a side of a block is one or two steps of the tensor cores, and none is less."""
+        return min(self.block_out, self.block_in) in (16, 32)
+
+    @property
     def tall(self) -> bool:
-        """Whether blocks are at least 128 high and as wide as one or two steps of the tensor cores."""
-        return self.block_out >= 128 and self.block_in in (16, 32)
+        """Whether blocks are narrow, and high enough to need no stacking."""
+        return self.narrow and self.block_out >= 128
+
+    @property
+    def high(self) -> bool:
+        """Whether blocks are high and wide enough for the tensor cores to take them as operand A."""
+        return self.block_out % 64 == 0 and self.block_in >= 16
+
+    def few(self, most: int) -> bool:
+        """Whether there are tokens, and at most that many."""
+        return 0 < self.tokens <= most
 
     @property
     def density(self) -> float | None:
@@ -117,14 +131,31 @@ TILES = _each(tile=(256, 128))
 # One step away from the portable kernels' own choice in each direction; `stages` holds that choice.
 PORTABLE = (*_each(stages=(2, 3, 4)), *_each(tile=(32, 64)), *_each(step=(64, 128)), *_each(warps=(4, 8)))
 
+# Below this many tokens stacking narrow blocks takes longer than it saves.
+STACKED = 512
+
 KERNELS = (
-    Kernel("triton_decode", lambda p: p.op == "dsd" and 0 < p.tokens <= 32 and p.rows),
+    Kernel("hopper_decode", lambda p: p.op in ("dsd", "gated") and p.few(64) and p.high and p.fast),
+    Kernel("triton_decode", lambda p: p.op == "dsd" and p.few(32) and p.rows),
     Kernel("hopper_linear", lambda p: p.op in ("dsd", "dds") and p.square and p.fast, TILES),
-    Kernel("hopper_tall", lambda p: p.op == "dsd" and p.tall and p.fast, TILES),
+    Kernel("hopper_narrow", lambda p: p.op == "dsd" and p.tall and p.fast, TILES),
+    Kernel(
+        "hopper_narrow",
+        lambda p: p.op in ("dsd", "dds") and p.narrow and p.tokens >= STACKED and p.fast,
+        TILES,
+    ),
     Kernel("hopper_sdd", lambda p: p.op == "sdd" and p.square and p.fast),
+    Kernel("hopper_narrow_sdd", lambda p: p.op == "sdd" and p.narrow and p.fast),
     Kernel("triton_dsd", lambda p: p.op == "dsd", PORTABLE),
     Kernel("triton_dds", lambda p: p.op == "dds", PORTABLE),
     Kernel("triton_sdd", lambda p: p.op == "sdd", PORTABLE),
+    # Never the first choice, but worth measuring.
+    Kernel("hopper_decode", lambda p: p.op == "dsd" and 64 < p.tokens <= 256 and p.high and p.fast),
+    Kernel(
+        "hopper_narrow",
+        lambda p: p.op in ("dsd", "dds") and p.narrow and p.tokens < STACKED and p.fast,
+        TILES,
+    ),
 )
 
 

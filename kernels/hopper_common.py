@@ -26,9 +26,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 # Gluon renamed these after triton 3.7.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 _RENAMED: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
+NARROW_LAYOUTS = {64: LAYOUT, 32: gl.NVMMASharedLayout(64, 16, 2), 16: gl.NVMMASharedLayout(32, 16, 2)}
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -48,7 +50,29 @@ def aligned(*tensors: Tensor) -> bool:
 
 def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """TMA descriptor of a row-major `(a, b)` matrix that is read or written in boxes of `rows x columns`."""
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns], LAYOUT)
+    layout = NARROW_LAYOUTS[columns] if columns < 64 else LAYOUT
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns], layout)
+
+
+@gluon.jit
+def activate(x, ACTIVATION: gl.constexpr):
+    """The activation function of an epilogue, in float32; see `reference.ACTIVATIONS`."""
+    if ACTIVATION == "relu":
+        return gl.maximum(x, 0.0)
+    elif ACTIVATION == "gelu":
+        # The error function to 1.5e-7 (Abramowitz and Stegun, 7.1.26): CUDA's own takes more registers than are left.
+        t = 1.0 / (1.0 + 0.23164190 * gl.abs(x))
+        tail = t * (
+            0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
+        )
+        tail = x * tail * gl.exp(-0.5 * x * x)
+        return gl.where(x >= 0, x - tail, tail)
+    elif ACTIVATION == "gelu_tanh":
+        return x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "silu":
+        return x / (1.0 + gl.exp(-x))
+    else:
+        return x
 
 
 @gluon.jit
@@ -61,13 +85,13 @@ def view_as(buffer, DTYPE: gl.constexpr, SHAPE: gl.constexpr, SHARED: gl.constex
 
 
 @gluon.jit
-def make_ring(STAGES: gl.constexpr):
-    """Barriers of a ring of stages: filled by one producer, emptied by two consumers."""
+def make_ring(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Barriers of a ring of stages: filled by one producer, emptied by all consumers."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     return full, empty
 

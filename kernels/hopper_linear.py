@@ -1,4 +1,4 @@
-"""`y = x W^T + bias` and `dx = dy W` on Hopper GPUs, for blocks whose sides are multiples of 64.
+"""`y = act(x W^T + bias)` and `dx = dy W` on Hopper GPUs, for blocks whose sides are multiples of 64.
 
 One kernel serves both: they differ in which way round a sub-block is read. The sub-block is operand A of the tensor
 cores, 64 output features by 64 contracted ones; a tile of tokens is operand B, as wide as the instruction takes.
@@ -21,7 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsify.kernels.hopper_common import descriptor, load_tile, make_ring, multiprocessors, store_transposed
+from sparsify.kernels.hopper_common import (
+    activate,
+    descriptor,
+    load_tile,
+    make_ring,
+    multiprocessors,
+    store_transposed,
+)
 from sparsify.kernels.launch import launch
 from sparsify.kernels.schedule import steps, tiles
 from sparsify.kernels.storage import Topology
@@ -88,7 +95,7 @@ def _consume(
     y_desc, bias_ptr,
     bins_ptr, tiles_ptr, ptr_ptr, sub_ptr, out_ptr, N,
     xs, ws, full, empty, staging,
-    PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
     STAGES: gl.constexpr, TOKENS: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
     program = gl.program_id(0)
@@ -127,6 +134,7 @@ def _consume(
             n = out + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
             bias = gl.load(bias_ptr + n, mask=(n >= 0) & (n < N), other=0.0)
             acc = acc + gl.expand_dims(bias.to(gl.float32), 1)
+        acc = activate(acc, ACTIVATION)
         store_transposed(y_desc, acc, staging, token, out, TOKENS)
     tma.store_wait(0)
 
@@ -136,7 +144,7 @@ def linear_kernel(
     y_desc,  # (M, N) in boxes of (TOKENS / 2, 64)
     x_desc, w_desc, bias_ptr,  # (M, K) in boxes of (TOKENS, 64), (Z * bi, bo) in boxes of (64, 64), (N,)
     bins_ptr, tiles_ptr, ptr_ptr, column_ptr, first_ptr, second_ptr, first_out_ptr, second_out_ptr, N,
-    PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
     SUBS: gl.constexpr, STAGES: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = x_desc.dtype
@@ -149,16 +157,16 @@ def linear_kernel(
     ws1 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], SHARED)
     staging0 = gl.allocate_shared_memory(DTYPE, [TOKENS // 2, 64], SHARED)
     staging1 = gl.allocate_shared_memory(DTYPE, [TOKENS // 2, 64], SHARED)
-    full, empty = make_ring(STAGES)
+    full, empty = make_ring(STAGES, 2)
     gl.warp_specialize(
         [
             (_consume, (
                 y_desc, bias_ptr, bins_ptr, tiles_ptr, ptr_ptr, first_ptr, first_out_ptr, N,
-                xs, ws0, full, empty, staging0, PAIRED, TRANSPOSED, HAS_BIAS, STAGES, TOKENS, ACC,
+                xs, ws0, full, empty, staging0, PAIRED, TRANSPOSED, HAS_BIAS, ACTIVATION, STAGES, TOKENS, ACC,
             )),
             (_consume, (
                 y_desc, bias_ptr, bins_ptr, tiles_ptr, ptr_ptr, second_ptr, second_out_ptr, N,
-                xs, ws1, full, empty, staging1, PAIRED, TRANSPOSED, HAS_BIAS, STAGES, TOKENS, ACC,
+                xs, ws1, full, empty, staging1, PAIRED, TRANSPOSED, HAS_BIAS, ACTIVATION, STAGES, TOKENS, ACC,
             )),
             (_produce, (
                 x_desc, w_desc, bins_ptr, tiles_ptr, ptr_ptr, column_ptr, first_ptr, second_ptr,
@@ -171,17 +179,17 @@ def linear_kernel(
 
 
 def _run(
-    x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, width: int, transposed: bool
-) -> Tensor:
+    x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, width: int, activation: str,
+    transpose: bool, tile: int | None,
+) -> Tensor:  # fmt: skip
     tokens, (_, block_in, block_out) = x.shape[0], values.shape
     y = x.new_empty(tokens, width)
-    work = steps(topo, (block_out, block_in), transposed)
+    work = steps(topo, (block_out, block_in), transpose)
     programs = multiprocessors(x.device)
-    # Narrow token tiles where wide ones would leave multiprocessors idle.
-    wide = len(work.cost) * triton.cdiv(tokens, 256) >= 2 * programs
-    tile, stages = (256, 4) if wide else (128, 5)
+    if tile is None:  # narrow token tiles where wide ones would leave multiprocessors idle
+        tile = 256 if len(work.cost) * triton.cdiv(tokens, 256) >= 2 * programs else 128
     token_tiles = triton.cdiv(tokens, tile)
-    bins, order = tiles(topo, (block_out, block_in, transposed), work.cost, token_tiles, programs)
+    bins, order = tiles(topo, (block_out, block_in, transpose), work.cost, token_tiles, programs)
     launch(
         linear_kernel, (bins.numel() - 1, 1, 1),
         (
@@ -189,18 +197,25 @@ def _run(
             descriptor(x, tile, 64), descriptor(values.view(-1, block_out), 64, 64), y if bias is None else bias,
             bins, order, work.ptr, work.column, work.first, work.second, work.first_out, work.second_out, width,
         ),
-        (work.paired, transposed, bias is not None, block_out // 64, stages, tile),
+        (
+            work.paired, transpose, bias is not None, activation,
+            block_out // 64, 4 if tile == 256 else 5, tile,
+        ),
         x.device,
         num_warps=4,
     )  # fmt: skip
     return y
 
 
-def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_features: int) -> Tensor:
-    """`y = x W^T + bias`; see `reference.dsd` for shapes."""
-    return _run(x, values, bias, topo, out_features, transposed=False)
+def dsd(
+    x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_features: int, activation: str = "",
+    multiply: Tensor | None = None, *, tile: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`y = act(x W^T + bias) * multiply`; see `reference.dsd` for shapes. `tile` is 256 or 128 tokens."""
+    y = _run(x, values, bias, topo, out_features, activation, False, tile)
+    return y if multiply is None else y.mul_(multiply)
 
 
-def dds(dy: Tensor, values: Tensor, topo: Topology, in_features: int) -> Tensor:
-    """`dx = dy W`; see `reference.dds` for shapes."""
-    return _run(dy, values, None, topo, in_features, transposed=True)
+def dds(dy: Tensor, values: Tensor, topo: Topology, in_features: int, *, tile: int | None = None) -> Tensor:
+    """`dx = dy W`; see `reference.dds` for shapes. `tile` is 256 or 128 tokens."""
+    return _run(dy, values, None, topo, in_features, "", True, tile)

@@ -2,7 +2,7 @@
 
 Each consumer sums 64 output features (operand A, from `dy`) by two sub-blocks of 64 input features (operand B, from
 `x`) over all tokens. Where blocks are at least 128 high both consumers read the same columns of `x`; elsewhere they
-read the same features of `dy`.
+read the same features of `dy` wherever a row has blocks enough for both.
 """
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 # ^ jitted functions are compiled by Triton, whose types pyright does not know
@@ -37,7 +37,7 @@ from sparsify.kernels.storage import Topology
 @gluon.jit
 def _produce(
     dy_desc, x_desc, units_ptr, U, steps,
-    xs0, xs1, dys0, dys1, full, empty,
+    xs0, xs1, dys, full, empty,
     SHARED_X: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     stage = 0
@@ -50,20 +50,21 @@ def _produce(
         x01 = gl.load(row + 3) * 64
         x10 = gl.load(row + 4) * 64
         x11 = gl.load(row + 5) * 64
+        two = dy0 != dy1
         for step in range(steps):
             token = step * 64
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
-            if SHARED_X:
-                mbarrier.expect(bar, 4 * 8192)
-                load_tile(dy_desc, [token, dy1], bar, dys1.index(stage))
-            else:
-                mbarrier.expect(bar, 5 * 8192)
-                load_tile(x_desc, [token, x10], bar, xs1.index(stage * 2))
-                load_tile(x_desc, [token, x11], bar, xs1.index(stage * 2 + 1))
-            load_tile(dy_desc, [token, dy0], bar, dys0.index(stage))
+            X_BYTES: gl.constexpr = 16384 if SHARED_X else 32768
+            mbarrier.expect(bar, X_BYTES + 16384, pred=two)
+            mbarrier.expect(bar, X_BYTES + 8192, pred=two == 0)
+            load_tile(dy_desc, [token, dy0], bar, dys.index(stage * 2))
+            load_tile(dy_desc, [token, dy1], bar, dys.index(stage * 2 + 1), pred=two)
             load_tile(x_desc, [token, x00], bar, xs0.index(stage * 2))
             load_tile(x_desc, [token, x01], bar, xs0.index(stage * 2 + 1))
+            if not SHARED_X:
+                load_tile(x_desc, [token, x10], bar, xs1.index(stage * 2))
+                load_tile(x_desc, [token, x11], bar, xs1.index(stage * 2 + 1))
             phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
             stage = gl.where(stage == STAGES - 1, 0, stage + 1)
 
@@ -78,9 +79,15 @@ def _consume(
     phase = 0
     for unit in range(gl.program_id(0), U, gl.num_programs(0)):
         acc = gl.zeros([64, 128], gl.float32, ACC)
+        row = units_ptr + unit * 10
+        own = 0
+        if WHICH == 1:
+            own = (gl.load(row) != gl.load(row + 1)).to(gl.int32)
         for step in range(steps):
             mbarrier.wait(full.index(stage), phase)
-            acc = warpgroup_mma(dys.index(stage).permute((1, 0)), xs.index(stage), acc, is_async=True)
+            acc = warpgroup_mma(
+                dys.index(stage * 2 + own).permute((1, 0)), xs.index(stage), acc, is_async=True
+            )
             acc = warpgroup_mma_wait(1, deps=(acc,))
             previous = gl.where(stage == 0, STAGES - 1, stage - 1)
             mbarrier.arrive(empty.index(previous), count=1, pred=step > 0)
@@ -93,7 +100,7 @@ def _consume(
         staging.permute((1, 0)).store(acc.to(dw_desc.dtype))
         fence_async_shared()
         for i in gl.static_range(2):
-            sub = gl.load(units_ptr + unit * 10 + 6 + WHICH * 2 + i)
+            sub = gl.load(row + 6 + WHICH * 2 + i)
             if sub >= 0:
                 part = staging.slice(i * 64, 64, dim=0)
                 store_tile(dw_desc, [sub // SUBS * 64, sub % SUBS * 64], part)
@@ -112,29 +119,26 @@ def sdd_kernel(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]
     )
     xs0 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], SHARED)
-    dys0 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], SHARED)
+    dys = gl.allocate_shared_memory(DTYPE, [STAGES * 2, 64, 64], SHARED)
     staging0 = gl.allocate_shared_memory(DTYPE, [128, 64], SHARED)
     staging1 = gl.allocate_shared_memory(DTYPE, [128, 64], SHARED)
-    if SHARED_X:
-        xs1 = xs0
-        dys1 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], SHARED)
-    else:
+    xs1 = xs0
+    if not SHARED_X:
         xs1 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], SHARED)
-        dys1 = dys0
     # The two 64-wide halves of a stage lie one after the other: the producer fills them one by one.
     halves0 = view_as(xs0, DTYPE, [STAGES * 2, 64, 64], SHARED)
     halves1 = view_as(xs1, DTYPE, [STAGES * 2, 64, 64], SHARED)
-    full, empty = make_ring(STAGES)
+    full, empty = make_ring(STAGES, 2)
     gl.warp_specialize(
         [
             (_consume, (
-                dw_desc, units_ptr, U, steps, xs0, dys0, full, empty, staging0, 0, SUBS, STAGES, ACC,
+                dw_desc, units_ptr, U, steps, xs0, dys, full, empty, staging0, 0, SUBS, STAGES, ACC,
             )),
             (_consume, (
-                dw_desc, units_ptr, U, steps, xs1, dys1, full, empty, staging1, 1, SUBS, STAGES, ACC,
+                dw_desc, units_ptr, U, steps, xs1, dys, full, empty, staging1, 1, SUBS, STAGES, ACC,
             )),
             (_produce, (
-                dy_desc, x_desc, units_ptr, U, steps, halves0, halves1, dys0, dys1, full, empty, SHARED_X, STAGES,
+                dy_desc, x_desc, units_ptr, U, steps, halves0, halves1, dys, full, empty, SHARED_X, STAGES,
             )),
         ],
         [4, 1],

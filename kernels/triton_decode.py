@@ -1,4 +1,4 @@
-"""`y = x W^T + bias` for few tokens: decoding, where the time is that of reading the stored blocks once.
+"""`y = act(x W^T + bias) * multiply` for few tokens: decoding, where the time is that of reading the blocks once.
 
 A block row's panel is cut into chunks of packed columns; one program reads one chunk, so that enough bytes are in
 flight to fill the memory bus, and the last program of a row to finish adds up the row's partial sums, in order:
@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.kernels.lasting import counters
 from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
-from sparsify.kernels.triton_common import dot, dot_options
+from sparsify.kernels.triton_common import activate, dot, dot_options
 
 MAX_TOKENS = 32
 
@@ -28,8 +29,9 @@ def _decode_kernel(
     y_ptr, partial_ptr, arrived_ptr,  # [M, N], [R, CHUNKS, BM, BO] float32, [R] int32, zero before and after
     x_ptr, values_ptr, bias_ptr, crow_ptr, col_ptr,  # [M, K], [Z, BI, BO], [N], [R + 1], [Z]
     M, N, K, stride_xm, chunks,
-    HAS_BIAS: tl.constexpr, ONE: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ONE: tl.constexpr,
+    BI: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -56,7 +58,7 @@ def _decode_kernel(
             x = tl.load(x_ptr + k, mask=inside_x, other=0.0).to(tl.float32)
             wide += x[:, None] * w.to(tl.float32)
         else:
-            x_ptrs = x_ptr + m[:, None] * stride_xm + k[None, :]
+            x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k[None, :]
             x = tl.load(x_ptrs, mask=(m[:, None] < M) & inside_x[None, :], other=0.0)  # [BM, BK]
             acc = dot(x, w, acc, PRECISION, WIDEN)
     if ONE:
@@ -77,25 +79,16 @@ def _decode_kernel(
     if last:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        acc = activate(acc, ACTIVATION)
         out = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-# Counters of finished programs by device and stream; zero whenever no kernel runs. Replaced ones are kept alive,
-# since a captured graph may hold their address.
-_arrived: dict[tuple[torch.device, int], list[Tensor]] = {}
-
-
-def _counters(x: Tensor, rows: int) -> Tensor:
-    stream = triton.runtime.driver.active.get_current_stream(x.device.index) if x.is_cuda else 0
-    held = _arrived.setdefault((x.device, stream), [])
-    if not held or held[-1].numel() < rows:
-        held.append(torch.zeros(max(rows, 1024), dtype=torch.int32, device=x.device))
-    return held[-1]
-
-
-def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_features: int) -> Tensor:
-    """`y = x W^T + bias` for 1 to `MAX_TOKENS` tokens; see `reference.dsd` for shapes. `x` has unit column stride."""
+def dsd(
+    x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_features: int, activation: str = "",
+    multiply: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`y = act(x W^T + bias) * multiply` for 1 to `MAX_TOKENS` tokens; see `reference.dsd`. Unit column stride."""
     tokens, in_features = x.shape
     _, block_in, block_out = values.shape
     y = x.new_empty(tokens, out_features)
@@ -114,12 +107,12 @@ def dsd(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, out_feat
     launch(
         _decode_kernel, (rows, chunks, 1),
         (
-            y, partial, _counters(x, rows),
+            y, partial, counters(x.device, rows),
             x, values, bias, topo.crow, topo.col,
             tokens, out_features, in_features, x.stride(0), chunks,
         ),
-        (bias is not None, tokens == 1, block_in, block_out, tile, step, chunk, *dot_options(x.dtype)),
+        (bias is not None, activation, tokens == 1, block_in, block_out, tile, step, chunk, *dot_options(x.dtype)),
         x.device,
         num_warps=8 if tokens > 1 and block_out <= 64 else 4, num_stages=3,
     )  # fmt: skip
-    return y
+    return y if multiply is None else y.mul_(multiply)

@@ -79,12 +79,17 @@ def test_the_cpu_and_float64_have_the_reference(dtype):
 @pytest.mark.parametrize(
     ("arguments", "first"),
     [
-        (forward(1), "triton_decode"),
-        (forward(32), "triton_decode"),
+        (forward(1), "hopper_decode"),
+        (forward(64), "hopper_decode"),
+        (forward(32, (32, 32)), "triton_decode"),
+        (forward(32, dtype=torch.float32), "triton_decode"),
+        (forward(64, (32, 32)), "triton_dsd"),
         (forward(300), "hopper_linear"),
-        (forward(300, (128, 16)), "hopper_tall"),
+        (forward(300, (128, 16)), "hopper_narrow"),
         (forward(300, (16, 16)), "triton_dsd"),
-        (forward(300, (64, 32)), "triton_dsd"),
+        (forward(600, (16, 16)), "hopper_narrow"),
+        (forward(600, (64, 32)), "hopper_narrow"),
+        (forward(600, (8, 64)), "triton_dsd"),
         (forward(300, dtype=torch.float32), "triton_dsd"),
         (forward(300, blocks=0), "triton_dsd"),
         (forward(0), "triton_dsd"),
@@ -95,8 +100,9 @@ def test_the_cpu_and_float64_have_the_reference(dtype):
         (forward(8, strides=(1, 8)), "triton_dsd"),
         (("dds", OnGPU(300, 1024), OnGPU(32, 64, 64), (64, 64), 512), "hopper_linear"),
         (("dds", OnGPU(300, 1024), OnGPU(32, 16, 128), (16, 128), 512), "triton_dds"),
+        (("dds", OnGPU(600, 1024), OnGPU(32, 16, 128), (16, 128), 512), "hopper_narrow"),
         (("sdd", OnGPU(300, 1024), OnGPU(300, 512), (64, 64), 32), "hopper_sdd"),
-        (("sdd", OnGPU(300, 1024), OnGPU(300, 512), (16, 128), 32), "triton_sdd"),
+        (("sdd", OnGPU(300, 1024), OnGPU(300, 512), (16, 128), 32), "hopper_narrow_sdd"),
         (("sdd", OnGPU(300, 1024), OnGPU(300, 512, strides=(0, 1), at=4), (64, 64), 32), "triton_sdd"),
     ],
 )
@@ -124,7 +130,7 @@ def test_a_measurement_wins_over_the_rules(monkeypatch):
     assert choose(*forward(500)) == Candidate("triton_dsd")
     assert choose(*forward(500, at=8)) == Candidate("triton_dsd")
     # Too far from what was measured: few tokens, another density, another block shape.
-    assert choose(*forward(32)).kernel == "triton_decode"
+    assert choose(*forward(32)).kernel == "hopper_decode"
     assert choose(*forward(256, blocks=8)).kernel == "hopper_linear"
     assert choose(*forward(256, (128, 128), blocks=8)).kernel == "hopper_linear"
 

@@ -35,10 +35,10 @@ def test_triton_kernels_in_the_interpreter(case, dtype):
     "case", [c for c in CASES if c.tokens <= 32] + [Case(2, 64, 1600, (16, 32))], ids=str
 )
 def test_decode_kernel_in_the_interpreter(case, dtype):
-    from sparsify.kernels import triton_dds, triton_decode, triton_sdd
+    from sparsify.kernels import lasting, triton_dds, triton_decode, triton_sdd
 
     check_products(case, dtype, triton_decode.dsd, triton_dds.dds, triton_sdd.sdd)
-    assert not any(held[-1].any() for held in triton_decode._arrived.values())  # left as it was found
+    assert not any(own.any() for own in lasting._own.values())  # left as it was found
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="with a GPU the compiled kernels are tested, see tests/gpu")
