@@ -74,7 +74,7 @@ def bench(
         model = reader.load(path, target, precision, trust_remote_code=trust_remote_code)
         reader.check_weights(model)
     torch.manual_seed(0)
-    notes = _busy(target)
+    notes = busy(target)
     groups = _bench_layers(model, counts, repeats, progress)
     usable, left_out = bench_model.usable_counts(model, counts)
     notes += left_out
@@ -118,7 +118,7 @@ def token_counts(tokens: Sequence[int] | str | None, device: torch.device) -> li
     return sorted({int(part) for part in parts})
 
 
-def _busy(device: torch.device) -> list[str]:
+def busy(device: torch.device) -> list[str]:
     """Says so if other processes take the cores: threads that wait for each other then measure the others."""
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

@@ -21,9 +21,10 @@ from sparsify.kernels.tuning_files import Candidate
 # A kernel that is slower than the best by this factor is given up, also for the next weight. Each set of options may
 # cost a compilation: a kernel that has many is tried with them only where it is close.
 HOPELESS, CLOSE, MANY_OPTIONS = 2.0, 1.25, 4
-# With few tokens a graph holds calls with this many copies of the weight: what starting it costs is shared by them,
-# and each reads its own weight, cold.
-COPIES, FEW_TOKENS = 4, 64
+# With few tokens, where reading the weight is what takes time, a call works on several copies of it, one after the
+# other: each is cold, as in a model, and what starting a CUDA graph costs is shared by them. On a CPU the copies take
+# this many bytes: one that stays in the caches made a dense 384x384 layer look four times as fast as in a model.
+FEW_TOKENS, GPU_COPIES, CPU_COPIES, COLD_BYTES = 64, 4, 16, 32 << 20
 # Rounds of the first, coarse race on a GPU.
 COARSE = 3
 
@@ -96,7 +97,7 @@ class Product:
         out_features, in_features = weight.mask.shape
         self.x = torch.randn(tokens, in_features, **place)
         self.dy = torch.randn(tokens, out_features, **place) if op != "dsd" else self.x
-        few = tokens <= FEW_TOKENS and weight.device.type == "cuda" and op != "sdd"
+        few = tokens <= FEW_TOKENS and op != "sdd"
         self.copies = weight.copies(_copies(weight) if few else 1)
 
     @cached_property
@@ -225,6 +226,8 @@ def _race(product: Product, candidates: Sequence[Candidate], repeats: int, dense
 
 
 def _copies(weight: Weight) -> int:
-    """How many copies a quarter of the free memory holds."""
-    size = 2 * weight.dense[0].nbytes
-    return max(1, min(COPIES, torch.cuda.mem_get_info(weight.device)[0] // 4 // size))
+    """How many copies make a weight cold; on a GPU no more than a quarter of the free memory holds."""
+    size = weight.dense[0].nbytes
+    if weight.device.type != "cuda":
+        return max(1, min(CPU_COPIES, COLD_BYTES // size))
+    return max(1, min(GPU_COPIES, torch.cuda.mem_get_info(weight.device)[0] // 4 // (2 * size)))

@@ -41,7 +41,12 @@ def tune(
     training: Annotated[
         bool, typer.Option("--training", help="Measure both gradients too, at 256 tokens and more.")
     ] = False,
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds of each measurement, at most.")] = 7,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            "--repeats", help="Rounds of each measurement, at most; default: 7 on a GPU, 25 on a CPU."
+        ),
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option("--minutes", help="Begin nothing new after this time; run again to go on.")
     ] = None,
@@ -85,6 +90,8 @@ def _print(report: dict[str, Any], verdict: Any) -> None:
     console.say(f"measured on {report['device']}, kept in {report['file']}")
     if report["rows"]:
         console.print_table(*verdict.table(report["rows"]))
+    for note in report["notes"]:
+        console.say(f"note: {note}")
     for line in verdict.closing(report):
         console.say(line)
 

@@ -29,7 +29,12 @@ def choose(state: State, dense_where_slower: str) -> None:
         state.slower = {}
         return
     modules = dict(state.model.named_modules())
-    layers = {name: mask for name, mask in state.dense_masks.items() if name not in state.slower}
+    # A weight of which nothing is left costs nothing.
+    layers = {
+        name: mask
+        for name, mask in state.dense_masks.items()
+        if name not in state.slower and mask.blocks_kept
+    }
     unknown, slower = 0, {}
     for name, mask in layers.items():
         prediction = None

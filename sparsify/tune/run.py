@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsify import measure
-from sparsify.bench.checkpoint import DTYPES, token_counts
+from sparsify.bench.checkpoint import DTYPES, busy, token_counts
 from sparsify.bench.products import Product, Weight, contest
 from sparsify.errors import ConfigError
 from sparsify.kernels import dispatch
@@ -25,6 +25,7 @@ from sparsify.tune import cases as tune_cases
 from sparsify.tune.cases import Case
 
 GPU_TOKENS, CPU_TOKENS = (1, 16, 256, 4096), (1, 16, 256)
+GPU_REPEATS, CPU_REPEATS = 7, 25
 # Gradients are wanted for many tokens alone.
 TRAINING_TOKENS = 256
 SPARSITIES = (0.5, 0.75, 0.9)
@@ -38,7 +39,7 @@ def tune(
     sparsities: Sequence[float] | None = None,
     tokens: Sequence[int] | str | None = None,
     training: bool = False,
-    repeats: int = 7,
+    repeats: int | None = None,
     minutes: float | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -57,7 +58,7 @@ def tune(
         sparsities: Sparsities of random masks. Default for `shapes`: 0.5, 0.75 and 0.9.
         tokens: Token counts, or text such as `"1,256"`. Default: 1, 16, 256, and 4096 on a GPU.
         training: Measure the products of both gradients too, at 256 tokens and more.
-        repeats: Rounds of each race.
+        repeats: Rounds of each race. Default: 7 on a GPU, 25 on a CPU, whose times vary more.
         minutes: Begin nothing new after this time; the next run goes on.
         device: `auto` (a GPU if there is one) or any torch device.
         dtype: `auto` (the checkpoint's; for `shapes` bfloat16 on a GPU, else float32), `float32`, `float16` or
@@ -69,8 +70,8 @@ def tune(
 
     Returns:
         `device` (its name), `file`, `rows` (one for each measurement, also of earlier runs), `measured` (how many
-        are new), `left` (how many are still to be made), `dropped` (candidates that gave wrong results, and why) and
-        `environment`.
+        are new), `left` (how many are still to be made), `dropped` (candidates that gave wrong results, and why),
+        `notes` and `environment`.
 
     Raises:
         CheckpointError: If the checkpoint is missing or damaged.
@@ -83,6 +84,8 @@ def tune(
         raise ConfigError("give a checkpoint or --shapes, one of the two")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if repeats is None:
+        repeats = GPU_REPEATS if target.type == "cuda" else CPU_REPEATS
     if repeats < 1:
         raise ConfigError(f"repeats: got {repeats}, expected at least 1")
     usual = GPU_TOKENS if target.type == "cuda" else CPU_TOKENS
@@ -161,6 +164,7 @@ class Run:
         self.settings += [(op, count) for op in ("dds", "sdd") for count in many if training]
         self.known = {} if force else {entry.key: entry for entry in read(file)}
         self.measured = 0
+        self.notes: list[str] = []
         self.dropped: dict[tuple[str, str], str] = {}
         # How far behind the best each candidate was, by what weights of different density have in common.
         self.ratios: dict[tuple[Any, ...], dict[Candidate, float]] = {}
@@ -174,6 +178,7 @@ class Run:
         until = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
         write(self.file, [], self._about())  # a place that cannot be written to is told before the work
         total = sum(len(self.left(case)) for case in self.cases)
+        self.notes = busy(self.device) if total else []
         with self.progress.task("tuning", total) as advance:
             for case in self.cases:
                 left = self.left(case)
@@ -225,6 +230,7 @@ class Run:
                 {"candidate": candidate, "fault": fault, "first": where}
                 for (candidate, fault), where in self.dropped.items()
             ],
+            "notes": self.notes,
             "environment": measure.environment(),
         }
 

@@ -242,10 +242,10 @@ def test_too_little_memory_leaves_out_the_whole_model_and_says_so(tmp_path, monk
 def test_a_busy_machine_is_told(monkeypatch):
     monkeypatch.setattr(bench_checkpoint.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(bench_checkpoint.os, "getloadavg", lambda: (4.9, 0, 0))
-    assert "the machine was busy (load 4.9 on 2 cores" in bench_checkpoint._busy(CPU)[0]
-    assert bench_checkpoint._busy(torch.device("cuda")) == []
+    assert "the machine was busy (load 4.9 on 2 cores" in bench_checkpoint.busy(CPU)[0]
+    assert bench_checkpoint.busy(torch.device("cuda")) == []
     monkeypatch.setattr(bench_checkpoint.os, "getloadavg", lambda: (0.3, 0, 0))
-    assert bench_checkpoint._busy(CPU) == []
+    assert bench_checkpoint.busy(CPU) == []
 
 
 def test_experts_without_a_known_routing_are_skipped_with_a_reason():

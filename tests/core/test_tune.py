@@ -32,6 +32,7 @@ SMALL = {"shapes": [(64, 48)], "blocks": ["16x16"], "sparsities": [0.5], "tokens
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(products, "CPU_COPIES", 1)  # cold weights cost time, and matter for no test but one
     dispatch.forget()
     yield
     dispatch.forget()
@@ -139,9 +140,25 @@ class TestContest:
         ]
         if dtype == torch.float32:
             monkeypatch.setattr(dispatch, "candidates", lambda *arguments: portable)
-        outcome = contest(Product(op, weight(shape=(70, 100), dtype=dtype), 5), 1)
-        assert not outcome.wrong and Candidate("reference") in outcome.ratios
-        assert min(outcome.times.values()) > 0 and outcome.dense > 0
+        product = Product(op, weight(shape=(70, 100), dtype=dtype), 5)
+        assert [product.fault(candidate) for candidate in product.candidates] == [None] * len(
+            product.candidates
+        )
+        outcome = contest(product, 1)
+        assert not outcome.wrong and min(outcome.times.values()) > 0 and outcome.dense > 0
+
+    def test_few_tokens_read_every_copy_of_the_weight(self, monkeypatch):
+        monkeypatch.setattr(products, "CPU_COPIES", 3)
+        runners = Runners(monkeypatch, {"a": 3})
+        product = Product("dsd", weight(), 4)
+        assert len({values.data_ptr() for pair in product.copies for values in pair}) == 2 * 3
+        assert all(torch.equal(values, product.copies[0][1]) for _, values in product.copies)
+        outcome = contest(product, 5)
+        assert runners.ran == ["a"] * 3 and outcome.times == {Candidate("a"): pytest.approx(1)}
+        assert outcome.dense == pytest.approx(2)
+        assert len(Product("dsd", weight(), 65).copies) == 1
+        monkeypatch.setattr(products, "COLD_BYTES", 2 * 64 * 48 * 4)
+        assert len(Product("dsd", weight(), 4).copies) == 2
 
     def test_empty_and_full_masks(self):
         for density in (0.0, 1.0):
