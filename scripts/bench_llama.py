@@ -34,10 +34,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from sparsify import BlockMask, BlockShape, BlockSparseLinear, measure
+from sparsify import BlockMask, BlockShape, BlockSparseLinear, fuse, measure
 from sparsify.bench import agreement
 from sparsify.bench.timing import race
-from sparsify.layers.fusion import fuse
 
 PARTS = ("memory", "decode", "prefill")
 BACKEND = "inductor"

@@ -50,11 +50,13 @@ _EXPORTS = {
     "Recipe": "sparsify.recipe",
     "SparsifyError": "sparsify.errors",
     "densify": "sparsify.api",
+    "fuse": "sparsify.layers.fusion",
     "load": "sparsify.api",
     "masks_of": "sparsify.layers.swap",
     "prune": "sparsify.api",
     "run": "sparsify.api",
     "save": "sparsify.api",
+    "unfuse": "sparsify.layers.fusion",
 }
 __all__ = sorted(_EXPORTS)
 
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from sparsify.api import densify, load, prune, run, save
     from sparsify.blocks import BlockMask, BlockShape
     from sparsify.errors import SparsifyError
+    from sparsify.layers.fusion import fuse, unfuse
     from sparsify.layers.experts import BlockSparseExperts
     from sparsify.layers.linear import BlockSparseLinear
     from sparsify.layers.swap import masks_of

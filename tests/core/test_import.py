@@ -22,7 +22,7 @@ MIDDLE = 2
 OUTSIDE = {"__init__", "__main__", "_autoload"}
 # Pruners are reached through their registry alone, and know the contract alone.
 PRUNER_MAY_IMPORT = {"pruner", "blocks", "errors"}
-SCRIPT_MAY_IMPORT = {"data", "measure", "plots", "quality", "recipe", "blocks", "errors", "kernels"}
+SCRIPT_MAY_IMPORT = {"bench", "data", "measure", "plots", "quality", "recipe", "blocks", "errors", "kernels"}
 
 
 def level(unit: str) -> int:
