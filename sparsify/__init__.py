@@ -64,8 +64,8 @@ if TYPE_CHECKING:
     from sparsify.api import densify, load, prune, run, save
     from sparsify.blocks import BlockMask, BlockShape
     from sparsify.errors import SparsifyError
-    from sparsify.layers.fusion import fuse, unfuse
     from sparsify.layers.experts import BlockSparseExperts
+    from sparsify.layers.fusion import fuse, unfuse
     from sparsify.layers.linear import BlockSparseLinear
     from sparsify.layers.swap import masks_of
     from sparsify.pruner import Pruner
