@@ -16,8 +16,12 @@ to read weights at once and waits for its tokens. Weights that may have just bee
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import TypeAlias
+
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,9 +41,10 @@ from sparsify.kernels.hopper_common import (
     thread_barrier,
 )
 from sparsify.kernels.lasting import counters
-from sparsify.kernels.launch import launch
-from sparsify.kernels.schedule import decode_work, unchanged
+from sparsify.kernels.launch import Relaunch
+from sparsify.kernels.schedule import decode_work, plans, unchanged
 from sparsify.kernels.storage import Topology
+from sparsify.kernels.triton_common import cdiv, next_power_of_2
 
 MAX_TOKENS = 64
 # Shared memory of one program's ring: two programs fit a multiprocessor.
@@ -144,9 +149,9 @@ def _add_up(sums, base, parts, SIZE: gl.constexpr, SUMS: gl.constexpr, offset, a
 
 @gluon.jit
 def decode_kernel(
+    x_desc, w_desc, w2_desc,  # (M, K) in boxes of (TOKENS, BI), (Z * bi, bo) in boxes of (64, BO)
     y_ptr, partial_ptr, arrived_ptr,  # (M, N), float32 (tiles, programs, SUMS, BO * TOKENS), int32 zeros
-    x_desc, w_desc, w2_desc, bias_ptr, bias2_ptr,  # (M, K) in (TOKENS, BI), (Z * bi, bo) in (64, BO), (N,)
-    program_ptr, unit_ptr, M, N, most, groups,
+    bias_ptr, bias2_ptr, program_ptr, unit_ptr, M, N, most, groups,
     HAS_BIAS: gl.constexpr, HAS_BIAS2: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     HALVES: gl.constexpr, BI: gl.constexpr, BO: gl.constexpr, STAGES: gl.constexpr, TOKENS: gl.constexpr,
     EARLY: gl.constexpr,
@@ -216,43 +221,77 @@ def decode_kernel(
         gl.store(out, acc.to(DTYPE), mask=inside)
 
 
-def _run(
-    x: Tensor, weights: list[tuple[Tensor, Tensor | None, Topology]], width: int, activation: str
-) -> Tensor:
-    tokens, (_, block_in, block_out) = x.shape[0], weights[0][0].shape
-    y = x.new_empty(tokens, width)
-    tile = min(MAX_TOKENS, max(8, triton.next_power_of_2(tokens)))
-    tiles, sums = triton.cdiv(tokens, tile), len(weights)
-    # High groups read memory in longer runs; low ones have less to add up, and are more, so that all units are busy.
-    large = sum(values.nbytes for values, _, _ in weights) >= LARGE
-    height = min(block_out, 128 if sums * tile <= 64 and (tile == 8 or large) else 64)
-    stages = min(14, RING_BYTES // (128 * (height + tile)))
-    work = decode_work(
-        [topo for _, _, topo in weights], (block_out, block_in), height,
-        4 * multiprocessors(x.device), LEAST_BYTES // (128 * height), 8 if tile <= 16 else 4,
-    )  # fmt: skip
-    programs = work.programs.shape[0]
-    partial = torch.empty(tiles * programs * sums * height * tile, dtype=torch.float32, device=x.device)
-    (values, bias, _), (values2, bias2, _) = weights[0], weights[-1]
+Weight: TypeAlias = tuple[Tensor, Tensor | None, Topology]
+
+
+class _Plan:
+    """All of a call that does not depend on what its operands hold or where they lie."""
+
+    def __init__(
+        self, x: Tensor, weights: Sequence[Weight], width: int, activation: str, early: bool
+    ) -> None:
+        tokens, (_, block_in, block_out) = x.shape[0], weights[0][0].shape
+        tile = min(MAX_TOKENS, max(8, next_power_of_2(tokens)))
+        self.tiles, sums = cdiv(tokens, tile), len(weights)
+        # High groups read memory in longer runs; low ones have less to add up, and are more: all units are busy.
+        large = sum(values.nbytes for values, _, _ in weights) >= LARGE
+        height = min(block_out, 128 if sums * tile <= 64 and (tile == 8 or large) else 64)
+        topos = [topo for _, _, topo in weights]
+        self.work = work = decode_work(
+            topos, (block_out, block_in), height,
+            4 * multiprocessors(x.device), LEAST_BYTES // (128 * height), 8 if tile <= 16 else 4,
+        )  # fmt: skip
+        programs = work.programs.shape[0]
+        self.shape = tokens, width
+        self.partial = self.tiles * programs * sums * height * tile if work.divided else 0
+        self.boxes = (
+            partial(descriptor, rows=tile, columns=min(block_in, 64)),
+            lambda values: descriptor(values.view(-1, block_out), 64, height),
+        )
+        bias, bias2 = weights[0][1], weights[-1][1]
+        self.launch = Relaunch(
+            decode_kernel, (programs, self.tiles, 1),
+            (
+                bias is not None, bias2 is not None, activation, sums == 2,
+                block_out // height, min(block_in, 64), height,
+                min(14, RING_BYTES // (128 * (height + tile))), tile, early,
+            ),
+            x.device,
+            num_warps=4, maxnreg=128, launch_pdl=early,
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, weights: Sequence[Weight]) -> Tensor:
+        y, work = x.new_empty(self.shape), self.work
+        sums = x.new_empty(self.partial, dtype=torch.float32) if self.partial else work.unused
+        (values, bias, _), (values2, bias2, _) = weights[0], weights[-1]
+        token_box, weight_box = self.boxes
+        self.launch(
+            (
+                y, sums, counters(x.device, self.tiles * work.groups),
+                y if bias is None else bias, y if bias2 is None else bias2,
+                work.programs, work.units, *self.shape, work.most, work.groups,
+            ),
+            ((token_box, x), (weight_box, values), (weight_box, values2)),
+        )  # fmt: skip
+        return y
+
+
+def _run(x: Tensor, weights: Sequence[Weight], width: int, activation: str) -> Tensor:
     frozen = [unchanged(values) for values, _, _ in weights]  # of each: it takes note of them
     early = all(frozen) and not torch.is_grad_enabled()
-    launch(
-        decode_kernel, (programs, tiles, 1),
-        (
-            y, partial, counters(x.device, tiles * work.groups),
-            descriptor(x, tile, min(block_in, 64)),
-            descriptor(values.view(-1, block_out), 64, height), descriptor(values2.view(-1, block_out), 64, height),
-            y if bias is None else bias, y if bias2 is None else bias2,
-            work.programs, work.units, tokens, width, work.most, work.groups,
-        ),
-        (
-            bias is not None, bias2 is not None, activation, sums == 2,
-            block_out // height, min(block_in, 64), height, stages, tile, early,
-        ),
-        x.device,
-        num_warps=4, maxnreg=128, launch_pdl=early,
-    )  # fmt: skip
-    return y
+    operands = [
+        (id(topo.col), values.data_ptr(), bias if bias is None else bias.data_ptr() % 16)
+        for values, bias, topo in weights
+    ]
+    key = ("decode", x.shape[0], x.stride(0), x.dtype, width, activation, early, *operands)
+    first, last = weights[0][2], weights[-1][2]
+    kept = plans(first)
+    # A pair's plan is kept with the first weight's indices; the second's may have gone, and its number used again.
+    plan, second = kept.get(key, (None, None))
+    if plan is None or second() is not last.col:
+        plan = _Plan(x, weights, width, activation, early)
+        kept[key] = plan, weakref.ref(last.col)
+    return plan(x, weights)
 
 
 def dsd(

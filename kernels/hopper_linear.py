@@ -10,7 +10,8 @@ cores, 64 output features by 64 contracted ones; a tile of tokens is operand B, 
 
 from __future__ import annotations
 
-import triton
+from functools import partial
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,9 +30,10 @@ from sparsify.kernels.hopper_common import (
     multiprocessors,
     store_transposed,
 )
-from sparsify.kernels.launch import launch
-from sparsify.kernels.schedule import steps, tiles
+from sparsify.kernels.launch import Relaunch
+from sparsify.kernels.schedule import plans, steps, tiles
 from sparsify.kernels.storage import Topology
+from sparsify.kernels.triton_common import cdiv
 
 
 @gluon.jit
@@ -178,33 +180,70 @@ def linear_kernel(
     )  # fmt: skip
 
 
+class _Plan:
+    """All of a call that does not depend on what its operands hold or where they lie."""
+
+    def __init__(
+        self, x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, width: int, activation: str,
+        transpose: bool, tile: int | None,
+    ) -> None:  # fmt: skip
+        tokens, (_, block_in, block_out) = x.shape[0], values.shape
+        self.shape, programs = (tokens, width), multiprocessors(x.device)
+        self.work = work = steps(topo, (block_out, block_in), transpose)
+        if tile is None:  # narrow token tiles where wide ones would leave multiprocessors idle
+            tile = 256 if len(work.cost) * cdiv(tokens, 256) >= 2 * programs else 128
+        key = block_out, block_in, transpose
+        self.bins, self.order = tiles(topo, key, work.cost, cdiv(tokens, tile), programs)
+        self.boxes = (
+            partial(descriptor, rows=tile // 2, columns=64),
+            partial(descriptor, rows=tile, columns=64),
+            lambda values: descriptor(values.view(-1, block_out), 64, 64),
+        )
+        self.launch = Relaunch(
+            linear_kernel, (self.bins.numel() - 1, 1, 1),
+            (
+                work.paired, transpose, bias is not None, activation,
+                block_out // 64, 4 if tile == 256 else 5, tile,
+            ),
+            x.device,
+            num_warps=4,
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        y, work = x.new_empty(self.shape), self.work
+        result_box, token_box, weight_box = self.boxes
+        self.launch(
+            (
+                y if bias is None else bias, self.bins, self.order,
+                work.ptr, work.column, work.first, work.second, work.first_out, work.second_out, self.shape[1],
+            ),
+            ((result_box, y), (token_box, x), (weight_box, values)),
+        )  # fmt: skip
+        return y
+
+
 def _run(
     x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, width: int, activation: str,
     transpose: bool, tile: int | None,
 ) -> Tensor:  # fmt: skip
-    tokens, (_, block_in, block_out) = x.shape[0], values.shape
-    y = x.new_empty(tokens, width)
-    work = steps(topo, (block_out, block_in), transpose)
-    programs = multiprocessors(x.device)
-    if tile is None:  # narrow token tiles where wide ones would leave multiprocessors idle
-        tile = 256 if len(work.cost) * triton.cdiv(tokens, 256) >= 2 * programs else 128
-    token_tiles = triton.cdiv(tokens, tile)
-    bins, order = tiles(topo, (block_out, block_in, transpose), work.cost, token_tiles, programs)
-    launch(
-        linear_kernel, (bins.numel() - 1, 1, 1),
-        (
-            descriptor(y, tile // 2, 64),
-            descriptor(x, tile, 64), descriptor(values.view(-1, block_out), 64, 64), y if bias is None else bias,
-            bins, order, work.ptr, work.column, work.first, work.second, work.first_out, work.second_out, width,
-        ),
-        (
-            work.paired, transpose, bias is not None, activation,
-            block_out // 64, 4 if tile == 256 else 5, tile,
-        ),
-        x.device,
-        num_warps=4,
-    )  # fmt: skip
-    return y
+    aligned = bias if bias is None else bias.data_ptr() % 16
+    key = (
+        "linear",
+        x.shape[0],
+        x.stride(0),
+        x.dtype,
+        width,
+        values.data_ptr(),
+        aligned,
+        activation,
+        transpose,
+        tile,
+    )
+    kept = plans(topo)
+    plan = kept.get(key)
+    if plan is None:
+        plan = kept[key] = _Plan(x, values, bias, topo, width, activation, transpose, tile)
+    return plan(x, values, bias)
 
 
 def dsd(

@@ -36,6 +36,7 @@ from sparsify.kernels.hopper_common import (
 from sparsify.kernels.launch import launch
 from sparsify.kernels.schedule import Stacks, stacks, tiles
 from sparsify.kernels.storage import Topology
+from sparsify.kernels.triton_common import cdiv
 
 
 @triton.jit
@@ -55,8 +56,8 @@ def _transpose_kernel(
 def transposed(x: Tensor) -> Tensor:
     """`(K, M)` copy of `x` `(M, K)` whose rows are padded to what the copy engine can address."""
     tokens, features = x.shape
-    xt = x.new_empty(features, triton.cdiv(tokens, 8) * 8)[:, :tokens]
-    grid = (triton.cdiv(tokens, 64), triton.cdiv(features, 64), 1)
+    xt = x.new_empty(features, cdiv(tokens, 8) * 8)[:, :tokens]
+    grid = (cdiv(tokens, 64), cdiv(features, 64), 1)
     strides = (x.stride(0), xt.stride(0))
     launch(_transpose_kernel, grid, (xt, x, tokens, features, *strides), (64, 64), x.device, num_warps=4)
     return xt
@@ -87,7 +88,7 @@ def _panels(values: Tensor, work: Stacks, transpose: bool) -> Tensor:
     strides = (1, values.shape[2]) if transpose else (values.shape[2], 1)
     together = 64 // part
     launch(
-        _stack_kernel, (triton.cdiv(pieces, together), 1, 1),
+        _stack_kernel, (cdiv(pieces, together), 1, 1),
         (panels, values, work.source, pieces, *strides), (work.high, part, together),
         values.device, num_warps=4,
     )  # fmt: skip
@@ -242,8 +243,8 @@ def _run(
     work = stacks(topo, (block_out, block_in), transpose)
     programs = multiprocessors(x.device)
     if tile is None:  # narrow token tiles where wide ones would leave multiprocessors idle
-        tile = 256 if len(work.cost) * triton.cdiv(tokens, 256) >= 2 * programs else 128
-    token_tiles = triton.cdiv(tokens, tile)
+        tile = 256 if len(work.cost) * cdiv(tokens, 256) >= 2 * programs else 128
+    token_tiles = cdiv(tokens, tile)
     key = ("stacks", block_out, block_in, transpose)
     bins, order = tiles(topo, key, work.cost, token_tiles, programs)
     apart = work.part < 64

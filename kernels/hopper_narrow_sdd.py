@@ -10,7 +10,6 @@ both consumers read the same input features.
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,6 +24,7 @@ from sparsify.kernels.hopper_narrow import transposed
 from sparsify.kernels.launch import launch
 from sparsify.kernels.schedule import narrow_units
 from sparsify.kernels.storage import Topology
+from sparsify.kernels.triton_common import cdiv
 
 
 @gluon.jit
@@ -144,7 +144,7 @@ def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) ->
         narrow_sdd_kernel, (min(multiprocessors(x.device), count), 1, 1),
         (
             dw, descriptor(dy, 64, 64), descriptor(transposed(x), work.part, 64),
-            work.table, work.cells, count, triton.cdiv(x.shape[0], 64),
+            work.table, work.cells, count, cdiv(x.shape[0], 64),
         ),
         (work.shared, block_out, work.high, work.part, 6 if work.shared else 4),
         x.device,

@@ -9,7 +9,6 @@ read the same features of `dy` wherever a row has blocks enough for both.
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,6 +31,7 @@ from sparsify.kernels.hopper_common import (
 from sparsify.kernels.launch import launch
 from sparsify.kernels.schedule import units
 from sparsify.kernels.storage import Topology
+from sparsify.kernels.triton_common import cdiv
 
 
 @gluon.jit
@@ -157,7 +157,7 @@ def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) ->
         sdd_kernel, (min(multiprocessors(x.device), count), 1, 1),
         (
             descriptor(dw.view(-1, block_out), 64, 64),
-            descriptor(dy, 64, 64), descriptor(x, 64, 64), work.table, count, triton.cdiv(x.shape[0], 64),
+            descriptor(dy, 64, 64), descriptor(x, 64, 64), work.table, count, cdiv(x.shape[0], 64),
         ),
         (work.shared, block_out // 64, 6 if work.shared else 4),
         x.device,

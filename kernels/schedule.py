@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -78,6 +79,23 @@ def cached(topos: Topology | Sequence[Topology], key: Hashable, build: Callable[
         made = lasting(cols[0].device, build)
         hit = _cache[identity] = ([StorageWeakRef(storage) for storage in storages], made)
     return hit[1]
+
+
+MOST_PLANS = 256
+_plans: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, Any]]] = {}
+
+
+def plans(topo: Topology) -> dict[Hashable, Any]:
+    """Whatever callers want to keep with these very index tensors while they live and do not change."""
+    col = topo.col
+    held = _plans.get(id(col))
+    if held is None or held[0]() is not col or held[1] != col._version:
+        for stale in [key for key, (ref, _, _) in _plans.items() if ref() is None]:
+            del _plans[stale]
+        held = _plans[id(col)] = weakref.ref(col), col._version, {}
+    if len(held[2]) > MOST_PLANS:  # one for each number of tokens that came along
+        held[2].clear()
+    return held[2]
 
 
 _versions: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -375,12 +393,16 @@ class DecodeWork(NamedTuple):
             values `(Z * bi, bo)` and the first input feature of each of its parts.
         most: Most units of a program.
         groups: Groups of output features.
+        divided: Whether any group has several programs.
+        unused: `(1,)` float32, in place of partial sums where there are none.
     """
 
     programs: Tensor
     units: Tensor
     most: int
     groups: int
+    divided: bool
+    unused: Tensor
 
 
 def decode_work(
@@ -429,7 +451,15 @@ def _decode_work(
     for i, (at, until) in enumerate(places):
         table[i * most : i * most + until - at] = units[at:until]
     first = topos[0]
-    return DecodeWork(_on(first, np.array(headers)), _on(first, table), most, block_rows * halves)
+    divided = any(header[3] > 1 for header in headers)
+    return DecodeWork(
+        programs=_on(first, np.array(headers)),
+        units=_on(first, table),
+        most=most,
+        groups=block_rows * halves,
+        divided=divided,
+        unused=torch.zeros(1, device=first.col.device),
+    )
 
 
 def _packed_units(topo: Topology, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify.kernels.lasting import counters
 from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
-from sparsify.kernels.triton_common import activate, dot, dot_options
+from sparsify.kernels.triton_common import activate, cdiv, dot, dot_options, next_power_of_2
 
 MAX_TOKENS = 32
 
@@ -101,8 +101,8 @@ def dsd(
     else:
         chunk = 512 if rows <= 64 else 256
     step = chunk if tokens == 1 or block_out <= 64 else 64 if block_out <= 128 else 32
-    chunks = triton.cdiv(cols * block_in, chunk)
-    tile = 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
+    chunks = cdiv(cols * block_in, chunk)
+    tile = 1 if tokens == 1 else max(16, next_power_of_2(tokens))
     partial = torch.empty(rows * chunks * tile * block_out, dtype=torch.float32, device=x.device)
     launch(
         _decode_kernel, (rows, chunks, 1),
