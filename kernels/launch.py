@@ -147,7 +147,7 @@ class Relaunch:
 def _describe(descriptor: Any, meta: Any) -> list[Any]:
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
-    return make_tensordesc_arg(descriptor, meta)
+    return make_tensordesc_arg(descriptor, meta)  # pyright: ignore[reportCallIssue]
 
 
 def _hooked() -> bool:
