@@ -106,23 +106,35 @@ def _fetch_tokens(x_desc, unit, token, xs, full, stage, BI: gl.constexpr):
 
 
 @gluon.jit
-def _sum_units(ws, xs, full, empty, begin, end, acc, BI: gl.constexpr, STAGES: gl.constexpr):
+def _multiply(ws, xs, acc, stage, part: gl.constexpr, BI: gl.constexpr):
+    """Starts `acc += weights @ tokens` for one part of a stage."""
+    w = ws.index(stage).slice(part * BI, BI, dim=0).permute((1, 0))
+    return warpgroup_mma(w, xs.index(stage * (64 // BI) + part).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _sum_units(ws, xs, full, empty, begin, end, valid, acc, BI: gl.constexpr, STAGES: gl.constexpr):
     """Adds the products of units `begin` to `end` up."""
     PARTS: gl.constexpr = 64 // BI
     for i in range(begin, end):
         stage = i % STAGES
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        for part in gl.static_range(PARTS):
-            w = ws.index(stage).slice(part * BI, BI, dim=0).permute((1, 0))
-            acc = warpgroup_mma(w, xs.index(stage * PARTS + part).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        if (i < end - 1) | (valid == PARTS):
+            for part in gl.static_range(PARTS):
+                acc = _multiply(ws, xs, acc, stage, part, BI)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+        else:  # what follows in memory is another row's, and zero times infinity is not a number
+            for part in gl.static_range(PARTS):
+                if part < valid:
+                    acc = _multiply(ws, xs, acc, stage, part, BI)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(stage), count=1)
     return acc
 
 
 @gluon.jit
 def _consume(
-    count, firsts, ws, xs, full, empty,
+    count, firsts, valid, valid2, ws, xs, full, empty,
     GATED: gl.constexpr, BI: gl.constexpr, BO: gl.constexpr, STAGES: gl.constexpr, TOKENS: gl.constexpr,
     ACC: gl.constexpr,
 ):  # fmt: skip
@@ -130,10 +142,10 @@ def _consume(
     acc = gl.zeros([BO, TOKENS], gl.float32, ACC)
     acc2 = gl.zeros([BO, TOKENS], gl.float32, ACC)
     if GATED:
-        acc = _sum_units(ws, xs, full, empty, 0, firsts, acc, BI, STAGES)
-        acc2 = _sum_units(ws, xs, full, empty, firsts, count, acc2, BI, STAGES)
+        acc = _sum_units(ws, xs, full, empty, 0, firsts, valid, acc, BI, STAGES)
+        acc2 = _sum_units(ws, xs, full, empty, firsts, count, valid2, acc2, BI, STAGES)
     else:
-        acc = _sum_units(ws, xs, full, empty, 0, count, acc, BI, STAGES)
+        acc = _sum_units(ws, xs, full, empty, 0, count, valid2, acc, BI, STAGES)
     return acc, acc2
 
 
@@ -168,19 +180,21 @@ def decode_kernel(
     tile = gl.program_id(1)
     token = tile * TOKENS
     units = unit_ptr + program * most * (1 + 64 // BI)
-    header = program_ptr + program * 6
+    header = program_ptr + program * 7
     group = gl.load(header)
     count = gl.load(header + 1)
     firsts = gl.load(header + 2)
     parts = gl.load(header + 3)
     base = gl.load(header + 4)
+    valid = gl.load(header + 5)
+    valid2 = gl.load(header + 6)
     column = group % HALVES * BO
     ws = gl.allocate_shared_memory(DTYPE, [STAGES, 64, BO], w_desc.layout)
     xs = gl.allocate_shared_memory(DTYPE, [STAGES * (64 // BI), TOKENS, BI], x_desc.layout)
     full, empty = make_ring(STAGES, 1)
     acc, acc2 = gl.warp_specialize(
         [
-            (_consume, (count, firsts, ws, xs, full, empty, GATED, BI, BO, STAGES, TOKENS, ACC)),
+            (_consume, (count, firsts, valid, valid2, ws, xs, full, empty, GATED, BI, BO, STAGES, TOKENS, ACC)),
             (_produce, (
                 x_desc, w_desc, w2_desc, units, token, column, count, firsts, ws, xs, full, empty,
                 GATED, BI, BO, STAGES, TOKENS, EARLY,

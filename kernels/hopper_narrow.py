@@ -114,9 +114,9 @@ def _produce(
         both = gl.load(bound_ptr + group * 4 + 1)
         firsts = gl.load(bound_ptr + group * 4 + 2)
         end = gl.load(bound_ptr + group * 4 + 3)
-        row0 = gl.load(panel_ptr + group * 3)
-        row1 = gl.load(panel_ptr + group * 3 + 1)
-        at = gl.load(panel_ptr + group * 3 + 2)
+        row0 = gl.load(panel_ptr + group * 4)
+        row1 = gl.load(panel_ptr + group * 4 + 1)
+        at = gl.load(panel_ptr + group * 4 + 2)
         for step in range(begin, end):
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -129,7 +129,7 @@ def _produce(
                 if TRANSPOSED:
                     load_tile(x_desc, [column, token], bar, xs.index(stage * PARTS + part))
                 else:
-                    load_tile(x_desc, [token, column], bar, xs.index(stage))
+                    load_tile(x_desc, [token, column], bar, xs.index(stage * PARTS + part))
             load_tile(w_desc, [row0, at], bar, ws0.index(stage), pred=has0)
             load_tile(w_desc, [row1, at + COLUMN], bar, ws1.index(stage), pred=has1)
             row0 += gl.where(has0, 64, 0)
@@ -139,9 +139,19 @@ def _produce(
 
 
 @gluon.jit
+def _multiply(ws, xs, acc, stage, part: gl.constexpr, TRANSPOSED: gl.constexpr, PART: gl.constexpr):
+    """Starts `acc += weights @ tokens` for one part of a stage."""
+    w = ws.index(stage).slice(part * PART, PART, dim=0).permute((1, 0))
+    tokens = xs.index(stage * (64 // PART) + part)
+    if not TRANSPOSED:
+        tokens = tokens.permute((1, 0))
+    return warpgroup_mma(w, tokens, acc, is_async=True)
+
+
+@gluon.jit
 def _consume(
     y_desc, bias_ptr,
-    bins_ptr, tiles_ptr, bound_ptr, out_ptr, N,
+    bins_ptr, tiles_ptr, bound_ptr, panel_ptr, out_ptr, N,
     xs, ws, full, empty, staging,
     WHICH: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
     TRANSPOSED: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, TOKENS: gl.constexpr, ACC: gl.constexpr,
@@ -159,6 +169,7 @@ def _consume(
         firsts = gl.load(bound_ptr + group * 4 + 2)
         end = gl.load(bound_ptr + group * 4 + 3)
         out = gl.load(out_ptr + group * 2 + WHICH)
+        valid = gl.load(panel_ptr + group * 4 + 3)
         acc = gl.zeros([64, TOKENS], gl.float32, ACC)
         for step in range(begin, end):
             mine = step < firsts
@@ -166,14 +177,17 @@ def _consume(
                 mine = (step < both) | (step >= firsts)
             mbarrier.wait(full.index(stage), phase)
             if mine:
-                if TRANSPOSED:
+                whole = (step < end - 1) | (valid == PARTS)
+                if whole:
                     for part in gl.static_range(PARTS):
-                        w = ws.index(stage).slice(part * PART, PART, dim=0).permute((1, 0))
-                        acc = warpgroup_mma(w, xs.index(stage * PARTS + part), acc, is_async=True)
-                else:
-                    w = ws.index(stage).permute((1, 0))
-                    acc = warpgroup_mma(w, xs.index(stage).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(PARTS, deps=(acc,))
+                        acc = _multiply(ws, xs, acc, stage, part, TRANSPOSED, PART)
+                    acc = warpgroup_mma_wait(PARTS, deps=(acc,))
+                else:  # what follows in memory is another row's, and zero times infinity is not a number
+                    for part in gl.static_range(PARTS):
+                        if part < valid:
+                            acc = _multiply(ws, xs, acc, stage, part, TRANSPOSED, PART)
+                            acc = warpgroup_mma_wait(0, deps=(acc,))
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
             else:
                 acc = warpgroup_mma_wait(0, deps=(acc,))
             previous = gl.where(stage == 0, STAGES - 1, stage - 1)
@@ -201,14 +215,14 @@ def narrow_kernel(
     TRANSPOSED: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = x_desc.dtype
-    SHARED: gl.constexpr = x_desc.layout
+    SHARED: gl.constexpr = w_desc.layout
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16]
     )
     if TRANSPOSED:
-        xs = gl.allocate_shared_memory(DTYPE, [STAGES * (64 // PART), PART, TOKENS], SHARED)
+        xs = gl.allocate_shared_memory(DTYPE, [STAGES * (64 // PART), PART, TOKENS], x_desc.layout)
     else:
-        xs = gl.allocate_shared_memory(DTYPE, [STAGES, TOKENS, 64], SHARED)
+        xs = gl.allocate_shared_memory(DTYPE, [STAGES * (64 // PART), TOKENS, PART], x_desc.layout)
     ws0 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], SHARED)
     ws1 = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], SHARED)
     staging0 = gl.allocate_shared_memory(DTYPE, [TOKENS // 2, 64], SHARED)
@@ -217,11 +231,11 @@ def narrow_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                y_desc, bias_ptr, bins_ptr, tiles_ptr, bound_ptr, out_ptr, N, xs, ws0, full, empty, staging0,
+                y_desc, bias_ptr, bins_ptr, tiles_ptr, bound_ptr, panel_ptr, out_ptr, N, xs, ws0, full, empty, staging0,
                 0, HAS_BIAS, ACTIVATION, TRANSPOSED, PART, STAGES, TOKENS, ACC,
             )),
             (_consume, (
-                y_desc, bias_ptr, bins_ptr, tiles_ptr, bound_ptr, out_ptr, N, xs, ws1, full, empty, staging1,
+                y_desc, bias_ptr, bins_ptr, tiles_ptr, bound_ptr, panel_ptr, out_ptr, N, xs, ws1, full, empty, staging1,
                 1, HAS_BIAS, ACTIVATION, TRANSPOSED, PART, STAGES, TOKENS, ACC,
             )),
             (_produce, (
@@ -247,13 +261,14 @@ def _run(
     token_tiles = cdiv(tokens, tile)
     key = ("stacks", block_out, block_in, transpose)
     bins, order = tiles(topo, key, work.cost, token_tiles, programs)
-    apart = work.part < 64
+    # Boxes 16 features wide are too narrow for the copy engine to keep up; those of a transposed copy are not.
+    apart = work.part == 16
     panels = values.view(-1, block_out) if work.source is None else _panels(values, work, transpose)
     launch(
         narrow_kernel, (bins.numel() - 1, 1, 1),
         (
             descriptor(y, tile // 2, 64),
-            descriptor(transposed(x), work.part, tile) if apart else descriptor(x, tile, 64),
+            descriptor(transposed(x), work.part, tile) if apart else descriptor(x, tile, work.part),
             descriptor(panels, 64, 64), y if bias is None else bias,
             bins, order, work.bound, work.panel, work.column, work.out, width,
         ),
@@ -276,6 +291,13 @@ def dsd(
     return y if multiply is None else y.mul_(multiply)
 
 
-def dds(dy: Tensor, values: Tensor, topo: Topology, in_features: int, *, tile: int | None = None) -> Tensor:
+def dds(
+    dy: Tensor,
+    values: Tensor,
+    topo: Topology,
+    in_features: int,
+    *,
+    tile: int | None = None,
+) -> Tensor:
     """`dx = dy W`; see `reference.dds` for shapes. `tile` is 256 or 128 tokens."""
     return _run(dy, values, None, topo, in_features, "", True, tile)

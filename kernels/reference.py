@@ -53,6 +53,17 @@ def _chunks(tokens: int, values: Tensor) -> Iterator[slice]:
         yield slice(begin, begin + step)
 
 
+def _sums(products: Tensor, group: Tensor, ends: Tensor) -> Tensor:
+    """Sums of the products `(Z, m, b)` of each group, `(G, m, b)`; elsewhere than on the CPU they are sorted by group.
+
+    A GPU adds up by index in any order; by runs its results are the same from call to call.
+    """
+    if products.device.type == "cpu":
+        groups = ends.numel() - 1
+        return products.new_zeros(groups, *products.shape[1:]).index_add_(0, group, products)
+    return torch.segment_reduce(products, "sum", offsets=ends.long(), axis=0, initial=0)
+
+
 def _row_ranges(topo: Topology) -> Iterator[tuple[int, int, int]]:
     """`(row, first block, end)` of every block row that is not empty."""
     starts = topo.crow.tolist()
@@ -119,7 +130,7 @@ def dsd(
         for part in _chunks(tokens, values):
             gathered = x_blocks[part].transpose(0, 1).index_select(0, topo.col)  # [Z, m, bi]
             products = torch.bmm(gathered, values)  # [Z, m, bo]
-            total = x.new_zeros(rows, products.shape[1], block_out).index_add_(0, topo.row, products)
+            total = _sums(products, topo.row, topo.crow)
             y[part].unflatten(1, (rows, block_out)).copy_(total.transpose(0, 1))
     y = y[:, :out_features].contiguous()
     if bias is not None:
@@ -188,7 +199,10 @@ def dds(dy: Tensor, values: Tensor, topo: Topology, in_features: int) -> Tensor:
         for part in _chunks(tokens, values):
             gathered = dy_blocks[part].transpose(0, 1).index_select(0, topo.row)  # [Z, m, bo]
             products = torch.bmm(gathered, values.transpose(1, 2))  # [Z, m, bi]
-            total = dy.new_zeros(cols, products.shape[1], block_in).index_add_(0, topo.col, products)
+            if products.device.type == "cpu":
+                total = _sums(products, topo.col, topo.t_crow)
+            else:
+                total = _sums(products.index_select(0, topo.t_block), topo.col, topo.t_crow)
             dx[part].copy_(total.transpose(0, 1))
     return dx.flatten(1)[:, :in_features].contiguous()
 

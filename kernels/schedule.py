@@ -202,7 +202,8 @@ class Stacks(NamedTuple):
 
     Attributes:
         bound: `(G, 4)` first step of a pair, ends of its first two runs, and its end.
-        panel: `(G, 3)` where the weights of both stacks begin: rows in the panels, and the column there.
+        panel: `(G, 4)` where the weights of both stacks begin: rows in the panels, and the column there; and how many
+            parts of the last step are theirs, where what follows in the panels is another's.
         column: `(S * 64 / part,)` first contracted feature of each part; far outside where a run ends within a step.
         out: `(G, 2)` first output feature of both stacks; `-1` where there is no second stack.
         source: `(P, 64 / high)` int64, where each piece of the panels is copied from, `part` contracted features by
@@ -236,9 +237,10 @@ def _tall(topo: Topology, block: tuple[int, int], transposed: bool) -> Stacks:
     """Block rows at least 128 high are panels as they are; a pair is 128 rows of one, and has all columns in common."""
     per_step, halves = SUB // block[1], block[0] // 128
     crow, col = topo.crow.cpu().numpy(), topo.col.cpu().numpy()
-    columns, cost = [], []
+    columns, cost, valid = [], [], []
     for begin, end in itertools.pairwise(crow):
         count = -(-(end - begin) // per_step)
+        valid += [end - begin - (count - 1) * per_step] * halves
         padded = np.full(count * per_step, OUTSIDE)
         padded[: end - begin] = col[begin:end] * block[1]
         columns += [padded] * halves
@@ -248,7 +250,7 @@ def _tall(topo: Topology, block: tuple[int, int], transposed: bool) -> Stacks:
     row, out = np.repeat(crow[:-1] * block[1], halves), np.arange(pairs) * 128
     return Stacks(
         bound=_on(topo, np.column_stack([ends - costs, ends, ends, ends])),
-        panel=_on(topo, np.column_stack([row, row, out % block[0]])),
+        panel=_on(topo, np.column_stack([row, row, out % block[0], valid])),
         column=_on(topo, np.concatenate([*columns, [OUTSIDE]])),
         out=_on(topo, np.column_stack([out, out + SUB])),
         source=None,
@@ -324,7 +326,7 @@ def _stacks(topo: Topology, block: tuple[int, int], transposed: bool) -> Stacks:
             sources[at[column[own]], place[own]] = source[own]
             pieces.append(sources)
             pieces_so_far += len(layout)
-        panel.append([*begins, 0])
+        panel.append([*begins, 0, per_step])
         out.append([i * SUB, -1 if j is None else j * SUB])
     every = np.concatenate([*parts, np.full(1, -1)])
     table = np.concatenate([*pieces, np.full((per_step, per_stack), -1, dtype=np.int64)])
@@ -387,8 +389,9 @@ class DecodeWork(NamedTuple):
     programs has their numbers in a row.
 
     Attributes:
-        programs: `(P, 6)` int32 on the GPU: group, units, how many of these are the first weight's (of a pair), the
-            group's programs, the first of them, unused.
+        programs: `(P, 7)` int32 on the GPU: group, units, how many of these are the first weight's (of a pair), the
+            group's programs, the first of them, and how many parts of the last unit of the first and of the second
+            weight are theirs, where what follows in the values is another row's.
         units: `(P * most + most, 1 + 64 / bi)` int32 on the GPU, `most` for each program: a unit's first row in the
             values `(Z * bi, bo)` and the first input feature of each of its parts.
         most: Most units of a program.
@@ -428,9 +431,11 @@ def _decode_work(
     packed = [_packed_units(topo, block) for topo in topos]
     halves = block[0] // height
     rows, columns, group = (np.concatenate([part[i] for part in packed]) for i in range(3))
+    valid = (columns != OUTSIDE).sum(1)
     which = np.repeat(np.arange(len(packed)), [len(part[0]) for part in packed])
     order = np.lexsort((np.arange(len(group)), which, group))
     units, which, group = np.column_stack([rows, columns])[order], which[order], group[order]
+    valid = valid[order].tolist()
     block_rows = topos[0].crow.numel() - 1
     begins, ends = (np.searchsorted(group, np.arange(block_rows), side) for side in ("left", "right"))
     share = max(least, -(-2 * len(group) * halves // programs))
@@ -444,7 +449,8 @@ def _decode_work(
             base = len(headers)
             for at, until in itertools.pairwise(bounds.tolist()):
                 own = min(max(int(firsts) - at, 0), until - at)
-                headers.append([group[begin] * halves + half, until - at, own, count, base, 0])
+                ends_of = valid[at + own - 1] if own else 0, valid[until - 1]
+                headers.append([group[begin] * halves + half, until - at, own, count, base, *ends_of])
                 places.append((at, until))
     most = max(until - at for at, until in places)
     table = np.zeros((len(headers) * most + most, units.shape[1]), dtype=np.int64)

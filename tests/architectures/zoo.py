@@ -246,5 +246,5 @@ def prune(model: Any, block: str, sparsity: float = 0.5) -> tuple[dict[str, Bloc
     scores = {layer.name: pruner.score(layer) for layer in selection.layers}
     masks = allocate(scores, {layer.name: layer for layer in selection.layers}, sparsity, "layer")
     for layer in selection.layers:
-        layer.weight.mul_(masks[layer.name].elements())
+        layer.weight.mul_(masks[layer.name].elements().to(layer.weight.device))
     return masks, selection

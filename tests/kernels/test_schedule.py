@@ -1,4 +1,4 @@
-"""The Hopper kernels' work lists: a plain torch walk over them, step by step as a kernel does, gives the dense product."""
+"""The Hopper kernels' work lists: walked over in torch, step by step as a kernel does, they give the dense product."""
 
 import pytest
 import torch
@@ -48,11 +48,13 @@ def test_stacks(shape, block, transposed):
     per_step = SUB // work.part
     for group, (begin, both, firsts, end) in enumerate(work.bound.tolist()):
         assert end - begin == work.cost[group]
-        row0, row1, at = work.panel[group].tolist()
+        row0, row1, at, valid = work.panel[group].tolist()
         sums = torch.zeros(2, 3, SUB, dtype=torch.float64)
         for step in range(begin, end):
             own = work.column[step * per_step : (step + 1) * per_step].tolist()
             tokens = torch.cat([columns_of(x, first, work.part) for first in own], 1)
+            if step == end - 1:
+                tokens[:, valid * work.part :] = 0  # another row's: not multiplied
             if step < firsts:
                 sums[0] += tokens @ panels[row0 : row0 + SUB, at : at + SUB]
                 row0 += SUB
@@ -127,7 +129,7 @@ def test_decode_work(block, weights, most_parts):
     part = min(block[1], SUB)
     sums = torch.zeros(weights, 2, shape[0], dtype=torch.float64)
     arrived: dict[int, list[int]] = {}
-    for program, (group, count, firsts, parts, base, _) in enumerate(work.programs.tolist()):
+    for program, (group, count, firsts, parts, base, *valid) in enumerate(work.programs.tolist()):
         arrived.setdefault(group, []).append(program)
         assert base <= program < base + parts <= base + most_parts
         at = group % (block[0] // height) * height
@@ -135,6 +137,8 @@ def test_decode_work(block, weights, most_parts):
             row, *features = work.units[program * work.most + i].tolist()
             which = int(i >= firsts)
             rows = columns_of(made[which][0].reshape(-1, block[0]).T, row, SUB).T
+            if i == (firsts, count)[which] - 1:
+                rows[valid[which] * part :] = 0  # another row's: not multiplied
             tokens = torch.cat([columns_of(x, first, part) for first in features], 1)
             out = slice(group * height, (group + 1) * height)
             sums[which][:, out] += tokens @ rows[:, at : at + height]
