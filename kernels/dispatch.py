@@ -25,6 +25,8 @@ from sparsify.kernels.tuning_files import Candidate
 log = logging.getLogger("sparsify.kernels")
 
 Options: TypeAlias = tuple[tuple[str, int], ...]
+# Tiles of 128 tokens are numbered in 15 bits by the Hopper kernels' work lists.
+MOST_TOKENS = 1 << 22
 # Token counts up to this one are told apart; beyond it four in each power of two stand for all.
 FEW_TOKENS = 64
 
@@ -61,7 +63,7 @@ class Product(NamedTuple):
     @property
     def fast(self) -> bool:
         """Whether the copy engine and the tensor cores of a Hopper GPU take the operands."""
-        suits = self.aligned and self.tokens > 0 and self.dtype in (torch.float16, torch.bfloat16)
+        suits = self.aligned and self.few(MOST_TOKENS) and self.dtype in (torch.float16, torch.bfloat16)
         return suits and (self.blocks > 0 or self.op == "sdd") and _hopper(self.device)
 
     @property

@@ -204,6 +204,36 @@ def test_the_number_of_tokens_may_change_from_call_to_call():
             assert_close(y, exact[:tokens], dense[:tokens])
 
 
+@pytest.mark.parametrize("tokens", [1, 777])
+@torch.no_grad()
+def test_weights_may_change_between_calls(tokens):
+    """A kernel may fetch weights while the one before it still runs, but not weights that this one writes."""
+    side = 2056
+    o = make(Case(tokens, side, side, (64, 64), 0.4, bias=False), torch.bfloat16, DEVICE)
+    values = [o.values.clone() for _ in range(3)]
+
+    def chain():
+        y = o.x
+        for own in values:
+            y = block_sparse_linear(y, own, None, o.topo, side)
+        return y
+
+    expected = chain().clone()
+    for turn in range(30):
+        own = values[turn % 3]
+        (own if turn % 2 else own.data).neg_()  # the second way is not seen by autograd's version counter
+        expected = -expected
+        assert torch.equal(chain(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain()
+    for own in values:
+        own.neg_()
+        expected = -expected
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("block", [(64, 64), (128, 16)], ids=str)
 def test_two_streams_at_once(block):
     case = Case(777, *_sizes(block), block, 0.4)

@@ -85,6 +85,8 @@ def test_the_cpu_and_float64_have_the_reference(dtype):
         (forward(32, dtype=torch.float32), "triton_decode"),
         (forward(64, (32, 32)), "triton_dsd"),
         (forward(300), "hopper_linear"),
+        (forward(1 << 22), "hopper_linear"),
+        (forward((1 << 22) + 1), "triton_dsd"),  # more token tiles than a work list can number
         (forward(300, (128, 16)), "hopper_narrow"),
         (forward(300, (16, 16)), "triton_dsd"),
         (forward(600, (16, 16)), "hopper_narrow"),
