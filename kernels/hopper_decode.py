@@ -59,24 +59,20 @@ LARGE = 48 << 20
 def _produce(
     x_desc, w_desc, w2_desc, units, token, column, count, firsts, ws, xs, full, empty,
     GATED: gl.constexpr, BI: gl.constexpr, BO: gl.constexpr, STAGES: gl.constexpr, TOKENS: gl.constexpr,
-    EARLY: gl.constexpr,
 ):  # fmt: skip
     """Streams the units' weights, and the tokens' features that each of their parts needs."""
     WIDTH: gl.constexpr = 1 + 64 // BI
     BYTES: gl.constexpr = 128 * BO + 128 * TOKENS
     ahead = gl.minimum(count, STAGES)
-    if EARLY:  # weights do not depend on the kernel before this one; tokens do
-        for i in range(ahead):
-            mbarrier.expect(full.index(i), BYTES)
-            _fetch_weights(
-                w_desc, w2_desc, gl.load(units + i * WIDTH), column, i < firsts, ws, full, i, GATED
-            )
-        gdc_wait()
-        gdc_launch_dependents()
-        for i in range(ahead):
-            _fetch_tokens(x_desc, units + i * WIDTH, token, xs, full, i, BI)
-    else:
-        ahead = 0
+    for i in range(ahead):
+        mbarrier.expect(full.index(i), BYTES)
+        row = gl.load(units + i * WIDTH)
+        _fetch_weights(w_desc, w2_desc, row, column, i < firsts, ws, full, i, GATED)
+    # Tokens come from the kernel before this one. Where that has to be over by now, this costs nothing.
+    gdc_wait()
+    gdc_launch_dependents()
+    for i in range(ahead):
+        _fetch_tokens(x_desc, units + i * WIDTH, token, xs, full, i, BI)
     stage = ahead % STAGES
     phase = 1 - ahead // STAGES
     for i in range(ahead, count):
@@ -166,7 +162,6 @@ def decode_kernel(
     bias_ptr, bias2_ptr, program_ptr, unit_ptr, M, N, most, groups,
     HAS_BIAS: gl.constexpr, HAS_BIAS2: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     HALVES: gl.constexpr, BI: gl.constexpr, BO: gl.constexpr, STAGES: gl.constexpr, TOKENS: gl.constexpr,
-    EARLY: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = x_desc.dtype
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
@@ -197,7 +192,7 @@ def decode_kernel(
             (_consume, (count, firsts, valid, valid2, ws, xs, full, empty, GATED, BI, BO, STAGES, TOKENS, ACC)),
             (_produce, (
                 x_desc, w_desc, w2_desc, units, token, column, count, firsts, ws, xs, full, empty,
-                GATED, BI, BO, STAGES, TOKENS, EARLY,
+                GATED, BI, BO, STAGES, TOKENS,
             )),
         ],
         [1],
@@ -241,9 +236,7 @@ Weight: TypeAlias = tuple[Tensor, Tensor | None, Topology]
 class _Plan:
     """All of a call that does not depend on what its operands hold or where they lie."""
 
-    def __init__(
-        self, x: Tensor, weights: Sequence[Weight], width: int, activation: str, early: bool
-    ) -> None:
+    def __init__(self, x: Tensor, weights: Sequence[Weight], width: int, activation: str) -> None:
         tokens, (_, block_in, block_out) = x.shape[0], weights[0][0].shape
         tile = min(MAX_TOKENS, max(8, next_power_of_2(tokens)))
         self.tiles, sums = cdiv(tokens, tile), len(weights)
@@ -268,13 +261,13 @@ class _Plan:
             (
                 bias is not None, bias2 is not None, activation, sums == 2,
                 block_out // height, min(block_in, 64), height,
-                min(14, RING_BYTES // (128 * (height + tile))), tile, early,
+                min(14, RING_BYTES // (128 * (height + tile))), tile,
             ),
             x.device,
-            num_warps=4, maxnreg=128, launch_pdl=early,
+            num_warps=4, maxnreg=128,
         )  # fmt: skip
 
-    def __call__(self, x: Tensor, weights: Sequence[Weight]) -> Tensor:
+    def __call__(self, x: Tensor, weights: Sequence[Weight], early: bool) -> Tensor:
         y, work = x.new_empty(self.shape), self.work
         sums = x.new_empty(self.partial, dtype=torch.float32) if self.partial else work.unused
         (values, bias, _), (values2, bias2, _) = weights[0], weights[-1]
@@ -286,6 +279,7 @@ class _Plan:
                 work.programs, work.units, *self.shape, work.most, work.groups,
             ),
             ((token_box, x), (weight_box, values), (weight_box, values2)),
+            early,
         )  # fmt: skip
         return y
 
@@ -297,15 +291,15 @@ def _run(x: Tensor, weights: Sequence[Weight], width: int, activation: str) -> T
         (id(topo.col), values.data_ptr(), bias if bias is None else bias.data_ptr() % 16)
         for values, bias, topo in weights
     ]
-    key = ("decode", x.shape[0], x.stride(0), x.dtype, width, activation, early, *operands)
+    key = ("decode", x.shape[0], x.stride(0), x.dtype, width, activation, *operands)
     first, last = weights[0][2], weights[-1][2]
     kept = plans(first)
     # A pair's plan is kept with the first weight's indices; the second's may have gone, and its number used again.
     plan, second = kept.get(key, (None, None))
     if plan is None or second() is not last.col:
-        plan = _Plan(x, weights, width, activation, early)
+        plan = _Plan(x, weights, width, activation)
         kept[key] = plan, weakref.ref(last.col)
-    return plan(x, weights)
+    return plan(x, weights, early)
 
 
 def dsd(

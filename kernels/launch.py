@@ -97,12 +97,16 @@ class Relaunch:
         self._described: list[Any] = []
         self._boxes: list[dict[int, tuple[Any, ...]]] = []
 
-    def __call__(self, arguments: tuple[Any, ...], boxes: tuple[tuple[Any, Tensor], ...]) -> None:
+    def __call__(
+        self, arguments: tuple[Any, ...], boxes: tuple[tuple[Any, Tensor], ...], early: bool = False
+    ) -> None:
         """Launches the kernel.
 
         Args:
             arguments: Tensors and integers, those that follow the descriptors of the kernel's parameters.
             boxes: The descriptors that come first: for each a function that makes it, and its matrix.
+            early: Whether the kernel may start before the one in front of it on the stream is over (programmatic
+                dependent launch); it waits for that one itself. Taken up by direct launches only.
         """
         if self._entry is None or self.device.index != torch.cuda.current_device() or _hooked():
             made = tuple(make(matrix) for make, matrix in boxes)
@@ -122,7 +126,10 @@ class Relaunch:
                 box = known[at] = tuple(_describe(make(matrix), meta))
             flat += box
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        self._entry(*self.grid, stream, *self._bound, *flat, *arguments, *self.constants)
+        function, cooperative, *rest = self._bound
+        self._entry(
+            *self.grid, stream, function, cooperative, early, *rest, *flat, *arguments, *self.constants
+        )
 
     def _prepare(self, compiled: Any) -> None:
         run = getattr(compiled, "run", None)
@@ -138,8 +145,7 @@ class Relaunch:
         self._described = list(compiled.metadata.tensordesc_meta or ())
         self._boxes = [{} for _ in self._described]
         self._bound = (
-            compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
-            None, None, None,
+            compiled.function, run.launch_cooperative_grid, None, None, compiled.packed_metadata, None, None, None
         )  # fmt: skip
         self._entry = entry
 

@@ -4,14 +4,16 @@ Prerequisite: a CUDA GPU, and this package installed or on the path. The command
 
     python scripts/bench_kernels.py --out docs/benchmarks
 
-`--only prefill,tokens,decode,training,shapes` picks parts; `--repeats 5` is quicker. Every figure is the GPU's time
+`--only prefill,decode` picks parts; `--repeats 5` is quicker. Every figure is the GPU's time
 for a whole `BlockSparseLinear` call, replayed as a CUDA graph: transposition and packing included, with the work lists
 made by the warm-up call, as in use. What the host needs to issue a call is given apart.
 Correctness against float64 comes first: a product that is off is an error, not a number. Weights and activations are
 random, masks uniformly random, the dense weight is not masked (zeros draw less power and run faster). Times are
 medians of single calls (bursts), all contestants interleaved, the L2 cache flushed before each; *held* is the
 speed-up when each call is repeated for a second. Decoding replays CUDA graphs over several copies of the weight that
-together exceed the L2 cache.
+together exceed the L2 cache; our kernels begin to read their weights before the layer in front is done, as they do in
+any model whose weights nobody writes to. *skewed* masks keep between nothing and everything of a block row, by a power
+law. *changing* calls have another number of tokens each time and are issued without CUDA graphs.
 
 The limit is the larger of kept FLOPs over the dense rate and kept bytes over the copy rate, both measured in the run.
 """
@@ -86,6 +88,7 @@ class Bench:
         self.dense_rate = 2 * 8192**3 / self.interleaved({"mm": lambda: a @ a})["mm"]  # FLOP/us
         self.rows: list[Row] = []
         self.host_times: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
 
     @staticmethod
     def captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -163,11 +166,21 @@ class Bench:
         )
 
 
-def make(shape: tuple[int, int], block: str, sparsity: float) -> tuple[nn.Linear, BlockSparseLinear]:
-    """A random dense layer and its block-sparse twin under a uniformly random mask."""
+def make(
+    shape: tuple[int, int], block: str, sparsity: float, skewed: bool = False
+) -> tuple[nn.Linear, BlockSparseLinear]:
+    """A random dense layer and its block-sparse twin under a random mask.
+
+    Uniformly random, or skewed: block rows keep shares between nothing and everything, by a power law.
+    """
     size = BlockShape.parse(block)
     dense = nn.Linear(shape[1], shape[0], bias=False, device="cuda", dtype=DTYPE)
-    mask = BlockMask(torch.rand(size.grid(shape)) >= sparsity, shape, size)
+    grid = size.grid(shape)
+    keep = torch.full((grid[0], 1), 1 - sparsity)
+    if skewed:
+        rank = torch.randperm(grid[0])[:, None] / grid[0]
+        keep = rank ** (sparsity / (1 - sparsity))  # its mean is 1 - sparsity
+    mask = BlockMask(torch.rand(grid) < keep, shape, size)
     return dense, BlockSparseLinear.from_linear(dense, mask)
 
 
@@ -188,7 +201,7 @@ def prefill(
     bench: Bench, part: str, shape: tuple[int, int], block: str, sparsity: float, tokens: int, full: bool
 ) -> None:
     """One forward of many tokens."""
-    dense, sparse = make(shape, block, sparsity)
+    dense, sparse = make(shape, block, sparsity, part == "skewed")
     x = torch.randn(tokens, shape[1], device="cuda", dtype=DTYPE)
     check(sparse, x)
     contestants = {"dense": bench.captured(lambda: dense(x)), "ours": bench.captured(lambda: sparse(x))}
@@ -211,9 +224,56 @@ def prefill(
     )
 
 
-def decode(bench: Bench, shape: tuple[int, int], block: str, sparsity: float, tokens: int) -> None:
-    """A few tokens at a time, in a CUDA graph."""
+def changing(bench: Bench, shape: tuple[int, int], block: str, sparsity: float) -> None:
+    """Calls with another number of tokens each time, issued one after the other without CUDA graphs.
+
+    Times are those of one call on the average, the host's included where it is the slower one; `tokens` is the mean.
+    """
     dense, sparse = make(shape, block, sparsity)
+    counts = (4096, 1000, 77, 2048, 300, 513, 3000, 128)
+    inputs = [torch.randn(count, shape[1], device="cuda", dtype=DTYPE) for count in counts]
+    for x in inputs:
+        check(sparse, x)
+
+    def turn(layer: nn.Module) -> Callable[[], object]:
+        return lambda: [layer(x) for x in inputs]
+
+    times = bench.interleaved({"dense": turn(dense), "ours": turn(sparse)})
+    mean = sum(counts) // len(counts)
+    limit = bench.limit(sparse.weight.numel(), mean, shape)
+    bench.add(
+        Row(
+            "changing",
+            shape,
+            block,
+            sparsity,
+            mean,
+            times["dense"] / len(counts),
+            times["ours"] / len(counts),
+            limit,
+        )
+    )
+
+
+def memory(bench: Bench, shape: tuple[int, int], block: str, sparsity: float) -> None:
+    """GPU memory of weight, gradient and AdamW's state after a step, over the dense layer's."""
+    taken = []
+    for layer in make(shape, block, sparsity):
+        weight = next(p for p in layer.parameters() if p.dim() > 1)
+        x = torch.randn(16, shape[1], device="cuda", dtype=DTYPE)
+        optimizer = torch.optim.AdamW([weight])
+        layer(x).sum().backward()
+        optimizer.step()
+        held = [weight, weight.grad, *optimizer.state[weight].values()]
+        taken.append(sum(tensor.nbytes for tensor in held if tensor is not None))
+    bench.memory[f"{shape[0]}x{shape[1]} {block} {sparsity:.0%}"] = round(taken[1] / taken[0], 4)
+
+
+def decode(
+    bench: Bench, shape: tuple[int, int], block: str, sparsity: float, tokens: int, skewed: bool = False
+) -> None:
+    """A few tokens at a time, in a CUDA graph."""
+    dense, sparse = make(shape, block, sparsity, skewed)
     x = torch.randn(tokens, shape[1], device="cuda", dtype=DTYPE)
     check(sparse, x)
 
@@ -229,7 +289,8 @@ def decode(bench: Bench, shape: tuple[int, int], block: str, sparsity: float, to
         return bench.interleaved({"graph": graph.replay})["graph"] / len(copies)
 
     limit = bench.limit(sparse.weight.numel(), tokens, shape)
-    bench.add(Row("decode", shape, block, sparsity, tokens, replayed(dense), replayed(sparse), limit))
+    part = "skewed" if skewed else "decode"
+    bench.add(Row(part, shape, block, sparsity, tokens, replayed(dense), replayed(sparse), limit))
 
 
 def training(bench: Bench, shape: tuple[int, int], block: str, sparsity: float, tokens: int) -> None:
@@ -288,12 +349,21 @@ def run(bench: Bench, parts: list[str]) -> None:
         for shape in (LLAMA_8B, (4096, 14336), (1024, 4096)):
             for block in ("64x64", "128x16"):
                 for sparsity in (0.5, 0.75, 0.9):
-                    for tokens in (1, 16):
+                    for tokens in (1, 4, 16, 64):
                         decode(bench, shape, block, sparsity, tokens)
-    if "training" in parts:
+    if "skewed" in parts:
+        for block in ("128x128", "64x64", "128x16", "32x32"):
+            prefill(bench, "skewed", LLAMA_8B, block, 0.75, 4096, full=False)
+        for block in ("64x64", "128x16"):
+            decode(bench, LLAMA_8B, block, 0.75, 1, skewed=True)
+    if "changing" in parts:
         for block in ("128x128", "64x64", "128x16"):
+            changing(bench, LLAMA_8B, block, 0.75)
+    if "training" in parts:
+        for block in ("128x128", "64x64", "128x16", "32x32"):
             for sparsity in (0.75, 0.9):
                 training(bench, LLAMA_8B, block, sparsity, 8192)
+                memory(bench, LLAMA_8B, block, sparsity)
 
 
 def write(bench: Bench, out: Path, arguments: argparse.Namespace) -> None:
@@ -307,6 +377,7 @@ def write(bench: Bench, out: Path, arguments: argparse.Namespace) -> None:
         "copy_tb_per_s": bench.copy_rate / 1e6,
         "repeats": arguments.repeats,
         "host_us_per_call": bench.host_times,
+        "training_memory_over_dense": bench.memory,
         "rows": [asdict(row) | {"speedup": row.speedup} for row in bench.rows],
     }
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -326,6 +397,9 @@ def table(record: dict) -> str:
         "kept FLOPs and bytes would allow at those rates; *held* is the speed-up of calls repeated for a second.\n",
         "Host time to issue a call, microseconds: "
         + "; ".join(f"{name} {value}" for name, value in record["host_us_per_call"].items())
+        + ".\n",
+        "Memory of weight, gradient and AdamW's state over the dense layer's: "
+        + "; ".join(f"{name} {value}" for name, value in record["training_memory_over_dense"].items())
         + ".\n",
         "| part | out x in | block | sparsity | tokens | dense us | ours us | speed-up | limit | torch BSR | held |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -372,7 +446,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    everything = "prefill,breakeven,tokens,shapes,decode,training"
+    everything = "prefill,breakeven,tokens,shapes,decode,skewed,changing,training"
     parser.add_argument("--only", default=everything, help=f"comma-separated parts (default: {everything})")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each contestant")
     parser.add_argument(

@@ -31,7 +31,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsify import BlockMask, BlockShape, BlockSparseLinear, fuse, measure
@@ -84,6 +85,27 @@ class Cache:
         return self.keys, self.values
 
 
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of a single token, all heads of a group in one product; of more tokens transformers' own.
+
+    torch's fused attention gives one token's head to one multiprocessor, which walks all keys: most of the GPU idles.
+    """
+    batch, heads, tokens, size = query.shape
+    if tokens > 1 or attention_mask is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+    groups = batch * key.shape[1]
+    scores = query.reshape(groups, -1, size) @ key.reshape(groups, -1, size).transpose(1, 2)
+    scores = scores.float() * size**-0.5
+    scores = scores.masked_fill(~attention_mask.view(1, 1, -1), float("-inf"))
+    mixed = scores.softmax(-1).to(value.dtype) @ value.reshape(groups, -1, size)
+    return mixed.view(batch, tokens, heads, size), None
+
+
+AttentionInterface.register("one_token", _attention)
+
+
 def _layer(
     layer: nn.Module, hidden: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor], cache: Any
 ) -> Tensor:
@@ -95,7 +117,7 @@ def backbone(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> L
     small = copy.deepcopy(config)
     small.intermediate_size = 8
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(small, dtype=dtype, attn_implementation="sdpa")
+        model = LlamaForCausalLM._from_config(small, dtype=dtype, attn_implementation="one_token")
     for layer in model.model.layers:
         # Each layer has a cache of its own, so that all are the same code for the compiler.
         layer.self_attn.layer_idx = 0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

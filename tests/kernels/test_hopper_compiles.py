@@ -62,7 +62,7 @@ elif kind == "decode":
     stages = min(14, hopper_decode.RING_BYTES // (128 * (height + few)))
     constants = dict(
         HAS_BIAS=True, HAS_BIAS2=True, ACTIVATION="silu", GATED=bool(gated), HALVES=1, BI=width, BO=height,
-        STAGES=stages, TOKENS=few, EARLY=wide == "wide",
+        STAGES=stages, TOKENS=few,
     )
     boxes = dict(x_desc=box(few, width), w_desc=box(64, height), w2_desc=box(64, height))
     check(hopper_decode.decode_kernel, boxes, constants, ("M", "N", "most", "groups"), maxnreg=128)
