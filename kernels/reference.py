@@ -10,10 +10,12 @@ weight `W` `(N, K)`, activations `x` `(M, K)` and output gradient `dy` `(M, N)`:
 and, for inference, what may follow the forward product without another pass over its output: an activation, a product
 with another tensor, and both as the first half of a gated MLP (`gated`).
 
-Two ways, chosen by size. *Batched*: gather a tile of activations for every stored block, one batched product over the
-blocks, add up by block row; few calls whatever the mask, run in chunks of tokens that stay in the cache. *By rows*:
-gather the columns that one block row needs, one matrix product on the row's contiguous panel; fewer bytes moved, a
-call for each row. MKL's BSR product is never used: it is slower than dense.
+Three ways, chosen by size. *Batched*: gather a tile of activations for every stored block, one batched product over the
+blocks, add up by block row; few calls whatever the mask, run in chunks of tokens that stay in the cache. *By block*: a
+product for each stored block, on views of activations and result, added up in place; nothing is copied, which pays for
+the calls where a block and the tokens are large enough, but never in 16 bits. *By rows*: gather the columns that one
+block row needs, one matrix product on the row's contiguous panel; sums are rounded once. MKL's BSR product is never
+used: it is slower than dense.
 """
 
 from __future__ import annotations
@@ -35,33 +37,40 @@ MIN_CHUNK, MAX_CHUNK = 32, 256
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 
 
+# Multiply-adds of one block's product from which going block by block pays in float32, and the tokens it takes.
+# Measured at 16x16 to 256x256: with one thread it would pay from a quarter of that, with two calls cost twice as much.
+BLOCK_WORK, BLOCK_TOKENS = 1 << 20, 64
+
+
+def _on_cpu(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
+def _by_block(tokens: int, values: Tensor) -> bool:
+    """By block pays for large products of float32."""
+    if tokens < BLOCK_TOKENS or values.dtype != torch.float32 or not _on_cpu(values):
+        return False
+    _, block_in, block_out = values.shape
+    return min(block_in, block_out) >= 32 and tokens * block_in * block_out >= BLOCK_WORK
+
+
 def _by_rows(tokens: int, values: Tensor) -> bool:
     """By rows pays for many tokens, whose sums (`sdd`) are better not cut, and for wide panels in float32."""
+    if tokens < 128 or not _on_cpu(values):
+        return False
     block_out = values.shape[2]
-    wide = tokens >= 128 and block_out >= 128 and values.dtype == torch.float32
-    return values.device.type == "cpu" and (wide or (tokens >= 512 and block_out >= 64))
+    return (tokens >= 512 and block_out >= 64) or (values.dtype == torch.float32 and block_out >= 128)
 
 
 def _chunks(tokens: int, values: Tensor) -> Iterator[slice]:
     """Slices of the token dimension whose working set stays near `CHUNK_BYTES` on the CPU."""
     blocks, block_in, block_out = values.shape
     step = tokens
-    if values.device.type == "cpu":
+    if _on_cpu(values):
         bytes_per_token = max(1, blocks * (block_in + block_out) * values.element_size())
         step = min(max(CHUNK_BYTES // bytes_per_token, MIN_CHUNK), MAX_CHUNK)
     for begin in range(0, tokens, max(1, step)):
         yield slice(begin, begin + step)
-
-
-def _sums(products: Tensor, group: Tensor, ends: Tensor) -> Tensor:
-    """Sums of the products `(Z, m, b)` of each group, `(G, m, b)`; elsewhere than on the CPU they are sorted by group.
-
-    A GPU adds up by index in any order; by runs its results are the same from call to call.
-    """
-    if products.device.type == "cpu":
-        groups = ends.numel() - 1
-        return products.new_zeros(groups, *products.shape[1:]).index_add_(0, group, products)
-    return torch.segment_reduce(products, "sum", offsets=ends.long(), axis=0, initial=0)
 
 
 def _row_ranges(topo: Topology) -> Iterator[tuple[int, int, int]]:
@@ -70,6 +79,30 @@ def _row_ranges(topo: Topology) -> Iterator[tuple[int, int, int]]:
     for row, (begin, end) in enumerate(pairwise(starts)):
         if begin < end:
             yield row, begin, end
+
+
+def _numbered(blocks: Tensor, topo: Topology) -> Iterator[tuple[Tensor, int, int]]:
+    """`(block, row, column)` of every stored block."""
+    return zip(blocks.unbind(0), topo.row.tolist(), topo.col.tolist(), strict=True)
+
+
+def _in_place(side: int, values: Tensor) -> bool:
+    """Whether adding up in the result itself, where rows of `side` elements lie apart, beats doing so elsewhere."""
+    return _on_cpu(values) and side * values.element_size() >= 256
+
+
+def _add_up(total: Tensor, index: Tensor, starts: Tensor, products: Tensor) -> None:
+    """Sums the products `(Z, m, b)` of each block row (or column) in its part of `total` `(R, m, b)`.
+
+    Where that is not done in place, `total` need not be set before. Elsewhere than on the CPU products come sorted: a
+    GPU adds up by index in any order; by runs its results are the same from call to call.
+    """
+    if _in_place(total.shape[2], products):
+        total.index_add_(0, index, products)
+    elif _on_cpu(products):
+        total.copy_(products.new_zeros(total.shape).index_add_(0, index, products))
+    else:
+        total.copy_(torch.segment_reduce(products, "sum", offsets=starts.long(), axis=0, initial=0))
 
 
 def _pad_columns(x: Tensor, width: int) -> Tensor:
@@ -117,23 +150,31 @@ def dsd(
     """
     tokens, (block_in, block_out) = x.shape[0], values.shape[1:]
     rows, cols = _grid(topo)
-    x_blocks = _pad_columns(x, cols * block_in).unflatten(1, (cols, block_in))  # [M, C, bi]
-    if _by_rows(tokens, values):
-        y = x.new_zeros(tokens, rows * block_out)
+    x = _pad_columns(x, cols * block_in)
+    by_block = _by_block(tokens, values)
+    by_rows = not by_block and _by_rows(tokens, values)
+    sums = by_block or (not by_rows and _in_place(block_out, values))  # products are added to what is there
+    first = bias if sums and out_features == rows * block_out else None
+    y = x.new_zeros(tokens, rows * block_out) if first is None else first.repeat(tokens, 1)
+    if by_block:
+        x_cols, y_rows = x.split(block_in, 1), y.split(block_out, 1)
+        for block, row, col in _numbered(values, topo):
+            y_rows[row].addmm_(x_cols[col], block)
+    elif by_rows:
+        x_blocks = x.unflatten(1, (cols, block_in))  # [M, C, bi]
         for row, begin, end in _row_ranges(topo):
             gathered = x_blocks.index_select(1, topo.col[begin:end]).flatten(1)  # [M, nnz * bi]
             torch.mm(
                 gathered, values[begin:end].flatten(0, 1), out=y[:, row * block_out : (row + 1) * block_out]
             )
     else:
-        y = x.new_empty(tokens, rows * block_out)
+        x_blocks = x.unflatten(1, (cols, block_in)).transpose(0, 1)  # [C, M, bi]
+        y_blocks = y.unflatten(1, (rows, block_out)).transpose(0, 1)  # [R, M, bo]
         for part in _chunks(tokens, values):
-            gathered = x_blocks[part].transpose(0, 1).index_select(0, topo.col)  # [Z, m, bi]
-            products = torch.bmm(gathered, values)  # [Z, m, bo]
-            total = _sums(products, topo.row, topo.crow)
-            y[part].unflatten(1, (rows, block_out)).copy_(total.transpose(0, 1))
+            products = torch.bmm(x_blocks[:, part].index_select(0, topo.col), values)  # [Z, m, bo]
+            _add_up(y_blocks[:, part], topo.row, topo.crow, products)
     y = y[:, :out_features].contiguous()
-    if bias is not None:
+    if bias is not None and first is None:
         y += bias
     activate_(y, activation)
     if multiply is not None:
@@ -187,24 +228,29 @@ def dds(dy: Tensor, values: Tensor, topo: Topology, in_features: int) -> Tensor:
     tokens, (block_in, block_out) = dy.shape[0], values.shape[1:]
     rows, cols = _grid(topo)
     dy = _pad_columns(dy, rows * block_out)
-    dx = dy.new_zeros(tokens, cols, block_in)
-    if _by_rows(tokens, values):
+    dx = dy.new_zeros(tokens, cols * block_in)
+    if _by_block(tokens, values):
+        dy_rows, dx_cols = dy.split(block_out, 1), dx.split(block_in, 1)
+        for block, row, col in _numbered(values.transpose(1, 2), topo):
+            dx_cols[col].addmm_(dy_rows[row], block)
+    elif _by_rows(tokens, values):
+        dx_blocks = dx.unflatten(1, (cols, block_in))
         for row, begin, end in _row_ranges(topo):
             product = torch.mm(
                 dy[:, row * block_out : (row + 1) * block_out], values[begin:end].flatten(0, 1).T
             )
-            dx.index_add_(1, topo.col[begin:end], product.unflatten(1, (end - begin, block_in)))
+            dx_blocks.index_add_(1, topo.col[begin:end], product.unflatten(1, (end - begin, block_in)))
     else:
-        dy_blocks = dy.unflatten(1, (rows, block_out))  # [M, R, bo]
+        order, index = (None, topo.row) if _on_cpu(values) else (topo.t_block, topo.t_row)
+        blocks = values if order is None else values.index_select(0, order)
+        dy_blocks = dy.unflatten(1, (rows, block_out)).transpose(0, 1)  # [R, M, bo]
+        dx_blocks = dx.unflatten(1, (cols, block_in)).transpose(0, 1)  # [C, M, bi]
         for part in _chunks(tokens, values):
-            gathered = dy_blocks[part].transpose(0, 1).index_select(0, topo.row)  # [Z, m, bo]
-            products = torch.bmm(gathered, values.transpose(1, 2))  # [Z, m, bi]
-            if products.device.type == "cpu":
-                total = _sums(products, topo.col, topo.t_crow)
-            else:
-                total = _sums(products.index_select(0, topo.t_block), topo.col, topo.t_crow)
-            dx[part].copy_(total.transpose(0, 1))
-    return dx.flatten(1)[:, :in_features].contiguous()
+            products = torch.bmm(
+                dy_blocks[:, part].index_select(0, index), blocks.transpose(1, 2)
+            )  # [Z, m, bi]
+            _add_up(dx_blocks[:, part], topo.col, topo.t_crow, products)
+    return dx[:, :in_features].contiguous()
 
 
 def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) -> Tensor:
@@ -225,7 +271,11 @@ def sdd(dy: Tensor, x: Tensor, topo: Topology, block_in: int, block_out: int) ->
     x_blocks = _pad_columns(x, cols * block_in).unflatten(1, (cols, block_in))  # [M, C, bi]
     dy = _pad_columns(dy, rows * block_out)
     dw = x.new_zeros(blocks, block_in, block_out)
-    if _by_rows(tokens, dw):
+    if _by_block(tokens // 4, dw):  # with so few results to share, threads help little
+        x_cols, dy_rows = x_blocks.flatten(1).T.split(block_in), dy.split(block_out, 1)
+        for block, row, col in _numbered(dw, topo):
+            torch.mm(x_cols[col], dy_rows[row], out=block)
+    elif _by_rows(tokens, dw):
         for row, begin, end in _row_ranges(topo):
             gathered = x_blocks.index_select(1, topo.col[begin:end]).flatten(1)  # [M, nnz * bi]
             dy_row = dy[:, row * block_out : (row + 1) * block_out]

@@ -13,10 +13,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("by_rows", [False, True], ids=["batched", "by_rows"])
-def test_reference(case, dtype, by_rows, monkeypatch):
-    monkeypatch.setattr(reference, "_by_rows", lambda *_: by_rows)
+@pytest.mark.parametrize("way", ["batched", "by_rows", "by_block", "sorted"])
+def test_reference(case, dtype, way, monkeypatch):
+    monkeypatch.setattr(reference, "_by_rows", lambda *_: way == "by_rows")
+    monkeypatch.setattr(reference, "_by_block", lambda *_: way == "by_block")
     monkeypatch.setattr(reference, "MAX_CHUNK", 32)  # several chunks even at these few tokens
+    if way == "sorted":  # as on a GPU
+        monkeypatch.setattr(reference, "_on_cpu", lambda *_: False)
     check_products(case, dtype, reference.dsd, reference.dds, reference.sdd)
 
 
