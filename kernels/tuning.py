@@ -16,8 +16,11 @@ import torch
 
 from sparsify.kernels.tuning_files import Candidate, Entry, device_name, read, shipped_file, user_file
 
-# How far a measurement reaches: by this factor in each side of the weight and in density, and in the number of tokens.
-NEAR, NEAR_TOKENS = 2.0, 4.0
+# How far a measurement reaches: by this factor in each side of the weight, in density and in the number of tokens.
+NEAR = 2.0
+# Speed over dense reaches further in the number of tokens, up to this factor; which kernel is the fastest may change
+# between two measured counts unless they are no further apart than that.
+NEAR_TOKENS = 4.0
 # Beyond this many tokens every time is proportional to them.
 MANY_TOKENS = 4096
 # A candidate that an entry does not list was slower than the entry's best by at least this factor.
@@ -56,7 +59,7 @@ class Table:
             distances = [abs(math.log(ratio)) for ratio in ratios]
             if max(distances) > math.log(NEAR) * 1.001 or (best is not None and sum(distances) >= best[0]):
                 continue
-            point = _at(series, tokens)
+            point = _at(series, tokens, to_choose=True)
             if point is not None:
                 best = sum(distances), point
         return sorted(best[1][1], key=best[1][1].__getitem__) if best is not None else []
@@ -85,16 +88,21 @@ def _distance(shape: Shape, other: Shape) -> float | None:
     return sum(distances) if max(distances) <= math.log(NEAR) * 1.001 else None
 
 
-def _at(series: Sequence[Entry], tokens: int) -> Point | None:
+def _at(series: Sequence[Entry], tokens: int, to_choose: bool = False) -> Point | None:
     """Times at a token count, between its two measured neighbours or at the only near one."""
     tokens = min(tokens, max(MANY_TOKENS, series[-1].tokens))
     below = next((entry for entry in reversed(series) if entry.tokens <= tokens), None)
     above = next((entry for entry in series if entry.tokens >= tokens), None)
+    reach = NEAR_TOKENS
+    if to_choose and not (below and above and above.tokens <= NEAR_TOKENS * below.tokens):
+        reach = NEAR
     near = [
         entry
         for entry in (below, above)
-        if entry is not None and max(tokens / entry.tokens, entry.tokens / tokens) <= NEAR_TOKENS
+        if entry is not None and max(tokens / entry.tokens, entry.tokens / tokens) <= reach
     ]
+    if to_choose and reach == NEAR:
+        near = near[:1]
     if not near:
         return None
     first, last = near[0], near[-1]

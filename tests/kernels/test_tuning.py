@@ -61,7 +61,7 @@ class TestLookup:
 
     def test_a_factor_of_two_is_near(self):
         table = tuning.Table([entry()])
-        assert lookup(table, shape=(2048, 256), density=0.25, tokens=1024)
+        assert lookup(table, shape=(2048, 256), density=0.25, tokens=512)
         assert lookup(table, density=None)
 
     def test_the_nearest_weight_decides(self):
@@ -73,7 +73,11 @@ class TestLookup:
 
     def test_two_token_counts_are_weighed(self):
         table = tuning.Table([entry(16, {A: 10, B: 18}), entry(64, {A: 25, B: 19})])
-        assert [lookup(table, tokens=m)[0] for m in (4, 16, 24, 48, 64, 256)] == [A, A, A, B, B, B]
+        assert [lookup(table, tokens=m)[0] for m in (8, 16, 24, 48, 64, 128)] == [A, A, A, B, B, B]
+
+    def test_far_from_measured_token_counts_nothing_is_chosen(self):
+        table = tuning.Table([entry(16, {A: 10, B: 18}), entry(256, {A: 40, B: 20})])
+        assert [lookup(table, tokens=m)[:1] for m in (7, 16, 32, 64, 128, 513)] == [[], [A], [A], [], [B], []]
 
     def test_what_lost_by_far_counts_as_that(self):
         # At 64 tokens A is not listed: at least half as slow again as B.
@@ -86,7 +90,7 @@ class TestLookup:
         assert lookup(both, dtype="float16") == [B]
 
     def test_many_tokens_are_like_the_most_measured(self):
-        table = tuning.Table([entry(1024)])
+        table = tuning.Table([entry(2048)])
         assert lookup(table, tokens=100_000) == [A]
 
 
