@@ -436,6 +436,7 @@ def plot(rows: list[Row], path: Path) -> None:
         yticks=[0.25, 0.5, 1, 2, 4, 8],
     )
     axes.set_yticklabels(["0.25", "0.5", "1", "2", "4", "8"])
+    axes.minorticks_off()
     axes.set_title(f"{rows[0].shape[0]}x{rows[0].shape[1]}, {rows[0].tokens} tokens, bf16")
     axes.legend(title="block, out x in")
     figure.savefig(path, dpi=150)
