@@ -21,8 +21,10 @@ MIDDLE = 2
 # `__init__` names everything, `__main__` is the command, `_autoload` is for torch to call.
 OUTSIDE = {"__init__", "__main__", "_autoload"}
 # Pruners are reached through their registry alone, and know the contract alone.
-PRUNER_MAY_IMPORT = {"pruner", "blocks", "errors"}
-SCRIPT_MAY_IMPORT = {"bench", "data", "measure", "plots", "quality", "recipe", "blocks", "errors", "kernels"}
+PRUNER_MAY_IMPORT = {"pruner", "patterns", "blocks", "errors"}
+SCRIPT_MAY_IMPORT = {
+    "bench", "data", "measure", "patterns", "plots", "quality", "recipe", "blocks", "errors", "kernels"
+}  # fmt: skip
 
 
 def level(unit: str) -> int:

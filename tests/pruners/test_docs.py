@@ -60,5 +60,12 @@ def test_the_training_loop_lands_on_the_target(model):
     assert not any(layer.weight[~names["masks"][layer.name].elements()].any() for layer in layers)
 
 
+def test_the_stack_of_patterns_is_built_and_mixes():
+    code = next(code for code in CODE if "pattern_mask" in code)
+    names: dict = {}
+    exec(code, names)
+    assert names["depth"] == 4 and all(layer.density == 0.25 for layer in names["layers"])
+
+
 def test_every_registered_pruner_has_a_section():
     assert all(f"\n## `{name}`\n" in DOCS.read_text() for name in available())
