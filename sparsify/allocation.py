@@ -7,8 +7,11 @@ the elements removed come nearest to the target. What differs is the order and h
 - `row`: the same, but the lowest block of every block row goes before the second lowest of any row, so that
   all block rows of a layer keep the same number of blocks, give or take one.
 - `global`: all layers in one order; a floor and a ceiling bound the density that any single layer ends with.
+- `erdos_renyi`, `outlier`, `sensitivity`: each layer has a density of its own (`sparsify.shares`), within the same
+  bounds, and loses its lowest scores; of the blocks that these densities cut in two, those go that are to lose most.
 
-Equal scores are removed in the order of layer, block row, block column.
+Where the floor is above zero the best block of a layer is the last to go. Equal scores are removed in the order of
+layer, block row, block column.
 """
 
 from __future__ import annotations
@@ -20,11 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify import shares
 from sparsify.blocks import BlockMask, block_sizes
 from sparsify.errors import ConfigError, PrunerError
 from sparsify.pruner import PrunableLayer
 
-SCOPES = ("layer", "row", "global")
+SCOPES = ("layer", "row", "global", "erdos_renyi", "outlier", "sensitivity")
+# Without a floor of its own a budget lets no layer fall below this share of the mean density; chosen by measurement,
+# see docs/decisions/0008-allocation-floor.md.
+FLOOR_SHARE = 0.3
 
 Layers = Mapping[str, PrunableLayer] | Sequence[PrunableLayer]
 
@@ -35,9 +42,10 @@ class Budget:
 
     Attributes:
         sparsity: Share of the elements to remove, at least 0 and below 1.
-        scope: `"layer"`, `"row"` or `"global"`; see the module's docstring.
-        floor: Lowest density a single layer may end with, 0 to 1.
+        scope: One of `SCOPES`; see the module's docstring.
+        floor: Lowest density a single layer may end with, 0 to 1; `None` for `FLOOR_SHARE` of the mean density.
         ceiling: Highest density a single layer may end with, 0 to 1.
+        curves: For the scope `"sensitivity"`, the loss increase by sparsity of each layer by name.
 
     Raises:
         ConfigError: If a value is out of range or the values contradict each other.
@@ -45,8 +53,9 @@ class Budget:
 
     sparsity: float
     scope: str = "global"
-    floor: float = 0.0
+    floor: float | None = None
     ceiling: float = 1.0
+    curves: Mapping[str, shares.Curve] | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
@@ -54,10 +63,15 @@ class Budget:
         if not 0.0 <= self.sparsity < 1.0:
             raise ConfigError(f"sparsity {self.sparsity} is out of range: it must be at least 0 and below 1")
         for name, value in (("floor", self.floor), ("ceiling", self.ceiling)):
-            if not 0.0 <= value <= 1.0:
+            if value is not None and not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} {value} is out of range: it is a layer's density, from 0 to 1")
+        if self.scope == "sensitivity" and self.curves is None:
+            raise ConfigError(
+                "the scope 'sensitivity' needs what was measured: run `sparsify sensitivity MODEL --data FILE` and "
+                "give the file that it writes as `sensitivity` (--sensitivity)"
+            )
         density = 1.0 - self.sparsity
-        if self.floor > density + 1e-9:
+        if self.floor is not None and self.floor > density + 1e-9:
             raise ConfigError(
                 f"floor {self.floor} cannot be kept at sparsity {self.sparsity}: layers would keep {density:g} "
                 f"on average; set the floor to {density:g} or lower, or lower the sparsity"
@@ -68,9 +82,29 @@ class Budget:
                 f"on average; set the ceiling to {density:g} or higher, or raise the sparsity"
             )
 
+    @property
+    def least(self) -> float:
+        """Lowest density a single layer may end with, 0 to 1, also where `floor` leaves it to us."""
+        return FLOOR_SHARE * (1.0 - self.sparsity) if self.floor is None else self.floor
+
     def masks(self, scores: Mapping[str, Tensor], layers: Layers) -> dict[str, BlockMask]:
         """`allocate` with this budget."""
-        return allocate(scores, layers, self.sparsity, self.scope, self.floor, self.ceiling)
+        return allocate(
+            scores, layers, self.sparsity, self.scope, self.floor, self.ceiling, curves=self.curves
+        )
+
+    def densities(self, layers: Sequence[PrunableLayer]) -> list[float]:
+        """The density that each layer should end with, 0 to 1, for the scopes that give each its own.
+
+        Raises:
+            ConfigError: If a layer lacks its sensitivity, or the statistic `input_sq` under the scope `outlier`.
+        """
+        bounds = (self.sparsity, self.least, self.ceiling)
+        if self.scope == "erdos_renyi":
+            return shares.erdos_renyi(layers, *bounds)
+        if self.scope == "outlier":
+            return shares.outlier(layers, *bounds)
+        return shares.sensitivity(layers, self.curves or {}, *bounds)
 
 
 def allocate(
@@ -78,36 +112,40 @@ def allocate(
     layers: Layers,
     sparsity: float,
     scope: str = "global",
-    floor: float = 0.0,
+    floor: float | None = None,
     ceiling: float = 1.0,
+    *,
+    curves: Mapping[str, shares.Curve] | None = None,
 ) -> dict[str, BlockMask]:
     """Chooses the blocks to keep.
 
     The elements removed from the whole selection come within half a block of `sparsity` times its elements; under
-    `layer` and `row` scope each layer comes within one block of its own share. Floor and ceiling hold to within
-    one block of a layer, and exactly wherever the target can be met without splitting a block.
+    every scope but `global` each layer comes within one block of its own share. Floor and ceiling hold to within one
+    block of a layer, and exactly wherever the target can be met without splitting a block; `layer` and `row` need none.
 
     Args:
         scores: For each layer's name `(R, C)` scores, floating point; higher is kept first.
         layers: The layers, in the order in which ties are broken.
         sparsity: Share of the elements to remove, at least 0 and below 1.
-        scope: `"layer"`, `"row"` or `"global"`.
-        floor: Lowest density a single layer may end with, 0 to 1.
+        scope: One of `SCOPES`; `"outlier"` reads the layers' statistic `input_sq`.
+        floor: Lowest density a single layer may end with, 0 to 1; `None` for `FLOOR_SHARE` of the mean density.
         ceiling: Highest density a single layer may end with, 0 to 1.
+        curves: For the scope `"sensitivity"`, the loss increase by sparsity of each layer by name.
 
     Returns:
         For each layer's name its mask, on the CPU.
 
     Raises:
-        ConfigError: If the budget contradicts itself (see `Budget`).
+        ConfigError: If the budget contradicts itself, or lacks what its scope needs (see `Budget`).
         PrunerError: If a score is missing, has the wrong shape, or is not finite.
     """
-    budget = Budget(sparsity, scope, floor, ceiling)
+    budget = Budget(sparsity, scope, floor, ceiling, curves)
     chosen = list(layers.values()) if isinstance(layers, Mapping) else list(layers)
     if not chosen:
         return {}
     parts = [_Part(layer, _checked(scores, layer)) for layer in chosen]
-    removed = _remove_globally(parts, budget) if scope == "global" else _remove_per_layer(parts, budget)
+    remove = _remove_per_layer if scope in ("layer", "row") else _remove_together
+    removed = remove(parts, budget)
     return {
         part.layer.name: BlockMask(~gone.view(part.layer.grid).cpu(), part.layer.shape, part.layer.block)
         for part, gone in zip(parts, removed, strict=True)
@@ -154,34 +192,41 @@ def _remove_per_layer(parts: list[_Part], budget: Budget) -> list[Tensor]:
     return removed
 
 
-def _remove_globally(parts: list[_Part], budget: Budget) -> list[Tensor]:
+def _remove_together(parts: list[_Part], budget: Budget) -> list[Tensor]:
     device = parts[0].scores.device
     scores = torch.cat([part.scores.to(device) for part in parts])
     sizes = torch.cat([part.sizes.to(device) for part in parts])
-    rank = None
-    if budget.floor > 0.0 or budget.ceiling < 1.0:
-        rank = torch.cat([_bounds_rank(part, budget).to(device) for part in parts])
+    if budget.scope == "global":
+        ranks = [_rank(part, budget.least, budget.ceiling) for part in parts]
+    else:
+        densities = budget.densities([part.layer for part in parts])
+        ranks = [_rank(part, density, density) for part, density in zip(parts, densities, strict=True)]
+    rank = torch.cat([own.to(device) for own in ranks])
     gone = _cut(_order(scores, rank), sizes, budget.sparsity * sum(part.elements for part in parts))
     return list(gone.split([part.scores.numel() for part in parts]))
 
 
-def _bounds_rank(part: _Part, budget: Budget) -> Tensor:
+def _rank(part: _Part, floor: float, ceiling: float) -> Tensor:
     """When a block may be removed, given what the ceiling forces out of its layer and the floor holds in.
 
-    0: must go; 1: must go, though the bound falls inside the block; 2: free; 3: must stay, though the bound falls
-    inside the block; 4: must stay. Ranks 1 and 3 yield where blocks are too coarse for all bounds to hold at once.
+    0: must go; 1 to 2: must go, though the bound falls inside the block, and the earlier the less of the block the
+    bound leaves; 2: free; 3: must stay, though the bound falls inside the block; 4: must stay; 5: must stay, as the
+    last block of its layer. All but 0 and 4 yield where blocks are too coarse for all bounds to hold at once.
     """
     rounding = 1e-9 * part.elements
-    least = (1.0 - budget.ceiling) * part.elements - rounding
-    most = (1.0 - budget.floor) * part.elements + rounding
+    least = (1.0 - ceiling) * part.elements - rounding
+    most = (1.0 - floor) * part.elements + rounding
     order = _order(part.scores, None)
     after = part.sizes[order].cumsum(0).double()  # compared with a float, integers would go through float32
     before = after - part.sizes[order]
-    rank = torch.full_like(order, 4)
+    rank = torch.full_like(after, 4)
     rank[before < most] = 3
     rank[after <= most] = 2
-    rank[before < least] = 1
+    forced = before < least
+    rank[forced] = (1 + (after - least) / (after - before))[forced]
     rank[after <= least] = 0
+    if floor > 0.0:
+        rank[-1] = 5
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparsify.progress import Progress
     from sparsify.targets import KeptDense
 
-Scope = Literal["global", "layer", "row"]
+Scope = Literal["global", "layer", "row", "erdos_renyi", "outlier", "sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ def prune(
     scope: Scope = "global",
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
-    floor: float = 0.0,
+    floor: float | None = None,
     ceiling: float = 1.0,
+    sensitivity: str | Path | None = None,
     convert: bool = True,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     **options: Any,
@@ -85,12 +86,16 @@ def prune(
         method: `magnitude`, another name that `sparsify pruners` lists, or `package.module:Class`.
         block: Block shape as `(out, in)` features, such as `"64x64"`; each side a power of two from 8 to 256.
         sparsity: Share of the selected weights' elements to remove, at least 0 and below 1; met within one block.
-        scope: `global` (one budget), `layer` (each layer the same share), `row` (each block row the same share).
+        scope: `global` (one budget), `layer` (each layer the same share), `row` (each block row the same share); or a
+            density for each layer by its size (`erdos_renyi`), its outliers (`outlier`, needs `calibration`) or what
+            its loss costs (`sensitivity`).
         targets: Layers to prune: exact module names, `re:` patterns or class names. Default: every linear layer,
             Conv1D and fused expert of the model's repeated blocks.
         ignore: Layers to leave dense, named in the same three ways.
-        floor: Smallest density a single layer may get, 0 to 1.
-        ceiling: Largest density a single layer may get, 0 to 1.
+        floor: Smallest density a single layer may get, 0 to 1, except under `layer` and `row`. Default: a share of the
+            mean density, so that no layer is emptied.
+        ceiling: Largest density a single layer may get, 0 to 1, except under `layer` and `row`.
+        sensitivity: For that scope, the file that `sparsify sensitivity` wrote.
         convert: Swap the layers for block-sparse ones at once. If false, removed blocks are zeros in dense weights,
             and training should hold them there (`sparsify.masking.mask_model(model, result.masks)`).
         calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
@@ -107,7 +112,7 @@ def prune(
     """
     from sparsify.layers import swap
     from sparsify.pruner import create_pruner
-    from sparsify.stages.prune import budget, prepare, prune_layers
+    from sparsify.stages.prune import budget, make_pruner, prepare, prune_layers
     from sparsify.targets import select
 
     shape = BlockShape.parse(block)
@@ -120,6 +125,7 @@ def prune(
         scope=scope,
         floor=floor,
         ceiling=ceiling,
+        sensitivity=None if sensitivity is None else str(sensitivity),
         targets=targets,
         ignore=ignore,
     )
@@ -130,7 +136,7 @@ def prune(
 
         layers = select(model, shape, settings.targets, settings.ignore).layers
         device = next(model.parameters()).device
-        collect_statistics(model, layers, create_pruner(method, **options), calibration, device)
+        collect_statistics(model, layers, make_pruner(settings), calibration, device)
         statistics = {layer.name: layer.statistics for layer in layers}
     pruner, selection = prepare(model, settings, statistics)
     masks = prune_layers(pruner, selection.layers, limits)

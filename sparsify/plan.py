@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import data
+from sparsify import data, sensitivity_file
 from sparsify.checkpoint import reader, writer
 from sparsify.errors import CheckpointError, ConfigError, OutputError, SparsifyError
 from sparsify.prediction import predict, warning
@@ -274,6 +274,8 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.dev
         if settings is None:
             continue
         selection = select(model, settings.block, settings.targets, settings.ignore)
+        if settings.sensitivity is not None:
+            sensitivity_file.curves_for(settings.sensitivity, selection.layers)
         plan.layers = [
             PlannedLayer(layer.name, layer.shape, str(layer.block), layer.grid) for layer in selection.layers
         ]

@@ -33,7 +33,7 @@ from sparsify.recipe_faults import Fault, check_trainer_arguments, describe, fro
 from sparsify.recipe_file import RecipeText, apply_overrides, locate
 
 Task: TypeAlias = Literal["auto", "causal-lm", "masked-lm", "sequence-classification", "sentence-embedding"]
-Scope: TypeAlias = Literal["global", "layer", "row"]
+Scope: TypeAlias = Literal["global", "layer", "row", "erdos_renyi", "outlier", "sensitivity"]
 Heal: TypeAlias = Literal["auto", "packed", "masked"]
 
 
@@ -115,9 +115,13 @@ class Pruning(Strict):
         options: Constructor arguments of the pruner.
         block: Block shape as OUTxIN, such as `64x64`.
         sparsity: Share of the selected weights to remove, from 0 to less than 1.
-        scope: `global` (one budget), `layer` (each layer the same), `row` (each block row the same).
-        floor: Smallest density a layer may get under `global` scope, 0 to 1.
-        ceiling: Largest density a layer may get under `global` scope, 0 to 1.
+        scope: `global` (one budget), `layer` (each layer the same), `row` (each block row the same); or a density for
+            each layer by its size (`erdos_renyi`), its outliers (`outlier`, needs calibration) or what its loss costs
+            (`sensitivity`, needs the file).
+        floor: Smallest density a layer may get, 0 to 1, except under `layer` and `row`; when left out a share of the
+            mean density (`sparsify.allocation.FLOOR_SHARE`).
+        ceiling: Largest density a layer may get, 0 to 1, except under `layer` and `row`.
+        sensitivity: For that scope, the file that `sparsify sensitivity` wrote.
         targets: Exact module names, `re:` patterns or class names; every layer of the model's blocks when left out.
         ignore: Layers to leave dense, named in the same three ways.
     """
@@ -127,8 +131,9 @@ class Pruning(Strict):
     block: Block = Field(default_factory=lambda: BlockShape(64, 64))
     sparsity: Share = 0.5
     scope: Scope = "global"
-    floor: float = Field(default=0.0, ge=0, le=1)
+    floor: float | None = Field(default=None, ge=0, le=1)
     ceiling: float = Field(default=1.0, gt=0, le=1)
+    sensitivity: str | None = None
     targets: Patterns | None = None
     ignore: Patterns | None = None
 
@@ -146,8 +151,15 @@ class Pruning(Strict):
         from sparsify.pruner import create_pruner
 
         create_pruner(self.method, **self.options)
-        if self.floor > self.ceiling:
+        if self.floor is not None and self.floor > self.ceiling:
             raise ValueError(f"floor {self.floor:g} is above ceiling {self.ceiling:g}")
+        if self.scope == "sensitivity" and self.sensitivity is None:
+            raise ValueError(
+                "the scope sensitivity needs the key `sensitivity` (--sensitivity): the file that "
+                "`sparsify sensitivity MODEL --data FILE` writes"
+            )
+        if self.scope != "sensitivity" and self.sensitivity is not None:
+            raise ValueError(f"the file in `sensitivity` is for the scope sensitivity, not for {self.scope}")
         return self
 
 

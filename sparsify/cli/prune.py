@@ -23,9 +23,22 @@ def prune(
         float, typer.Option("--sparsity", help="Share of the weights to remove, 0 to 1.")
     ] = 0.5,
     scope: Annotated[
-        str, typer.Option("--scope", help="Budget: global, layer, or row (balanced block rows).")
+        str,
+        typer.Option(
+            "--scope",
+            help="Budget: global, layer, row (balanced block rows), erdos_renyi, outlier (with --data) or sensitivity.",
+        ),
     ] = "global",
-    floor: Annotated[float, typer.Option("--floor", help="Smallest density a layer may get.")] = 0.0,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option("--sensitivity", help="For that scope: the file that `sparsify sensitivity` wrote."),
+    ] = None,
+    floor: Annotated[
+        float | None,
+        typer.Option(
+            "--floor", help="Smallest density a layer may get; default: a share of the mean density."
+        ),
+    ] = None,
     ceiling: Annotated[float, typer.Option("--ceiling", help="Largest density a layer may get.")] = 1.0,
     target: Annotated[
         list[str] | None,
@@ -67,6 +80,7 @@ def prune(
         "block": block,
         "sparsity": sparsity,
         "scope": scope,
+        "sensitivity": sensitivity,
         "floor": floor,
         "ceiling": ceiling,
         "targets": target or None,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from sparsify.calibration import collect_statistics, needs_calibration
-from sparsify.pruner import create_pruner
 from sparsify.recipe import CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
+from sparsify.stages.prune import make_pruner
 from sparsify.stages.state import State
 from sparsify.targets import select
 from sparsify.training.samples import Samples, load_samples
@@ -17,7 +17,7 @@ from sparsify.training.samples import Samples, load_samples
 def run(stage: CalibrateStage, state: State) -> None:
     """Runs calibration samples through the model and keeps what the next pruner wants to know of them."""
     settings = next_pruning(state.recipe, state.index)
-    pruner = create_pruner(settings.method, **settings.options)
+    pruner = make_pruner(settings)
     if not needs_calibration(pruner):
         state.note(f"calibrate: pruner {settings.method!r} asks for no statistics, nothing to do")
         return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsify import sensitivity_file
 from sparsify.allocation import Budget
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import ConfigError
@@ -30,7 +32,20 @@ def run(stage: PruneStage, state: State) -> None:
 
 def budget(settings: Pruning) -> Budget:
     """The budget that pruning settings describe."""
-    return Budget(settings.sparsity, settings.scope, settings.floor, settings.ceiling)
+    curves = None if settings.sensitivity is None else sensitivity_file.read(settings.sensitivity).curves
+    return Budget(settings.sparsity, settings.scope, settings.floor, settings.ceiling, curves)
+
+
+def make_pruner(settings: Pruning) -> Pruner:
+    """The pruner that pruning settings name; it also asks for what the scope wants to know.
+
+    Raises:
+        PrunerError: If the pruner or an option is unknown.
+    """
+    pruner: Any = create_pruner(settings.method, **settings.options)
+    if settings.scope == "outlier":
+        pruner.requires = pruner.requires | {"input_sq"}
+    return pruner
 
 
 def prepare(
@@ -41,17 +56,21 @@ def prepare(
     Raises:
         PrunerError: If the pruner or an option is unknown.
         TargetError: If a pattern matches nothing, or nothing can be pruned.
-        ConfigError: If the pruner needs statistics and there are none.
+        ConfigError: If the pruner or the scope needs statistics and there are none, or sensitivities of other layers.
     """
-    pruner = create_pruner(settings.method, **settings.options)
+    pruner = make_pruner(settings)
     selection = select(model, settings.block, settings.targets, settings.ignore)
+    if settings.sensitivity is not None:
+        sensitivity_file.curves_for(settings.sensitivity, selection.layers)
     statistics = statistics or {}
     for layer in selection.layers:
         layer.statistics.update(statistics.get(layer.name, {}))
         missing = pruner.requires - layer.statistics.keys()
         if missing:
+            own = min(missing) in type(pruner).requires
+            needs = f"pruner {settings.method!r} needs" if own else f"scope {settings.scope!r} needs"
             raise ConfigError(
-                f"pruner {settings.method!r} needs the statistic {min(missing)!r} of layer {layer.name}: put a "
+                f"{needs} the statistic {min(missing)!r} of layer {layer.name}: put a "
                 f"calibrate stage before it (with `sparsify prune` give --data, in Python `calibration`)"
             )
     return pruner, selection

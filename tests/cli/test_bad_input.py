@@ -79,7 +79,10 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         (["--sparsity", "50"], "for 50 % write 0.5"),
         (["--sparsity", "-0.5"], "stages.0.sparsity: got -0.5"),
         (["--sparsity", "nan"], "stages.0.sparsity: got nan"),
-        (["--scope", "all"], "stages.0.scope: got 'all', expected global, layer or row"),
+        (
+            ["--scope", "all"],
+            "stages.0.scope: got 'all', expected global, layer, row, erdos_renyi, ",
+        ),
         (["--method", "magnitde"], "unknown pruner 'magnitde': did you mean 'magnitude'?"),
         (["--method", "no.such:Pruner"], "cannot import pruner 'no.such:Pruner'"),
         (["--option", "norm=l7"], "l7"),

@@ -112,7 +112,7 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path):
         ({"sparsity": -0.1}, "stages.0.sparsity: got -0.1"),
         ({"sparsity": float("nan")}, "stages.0.sparsity: got nan"),
         ({"sparsity": "half"}, "stages.0.sparsity: got 'half'"),
-        ({"scope": "globl"}, "got 'globl', expected global, layer or row"),
+        ({"scope": "globl"}, "got 'globl', expected global, layer, row, erdos_renyi, outlier or sensitivity"),
         ({"floor": 0.8, "ceiling": 0.2}, "floor 0.8 is above ceiling 0.2"),
         ({"method": "magnitud"}, "unknown pruner 'magnitud': did you mean 'magnitude'"),
         ({"method": "no_such_module:Pruner"}, "cannot import pruner 'no_such_module:Pruner'"),
