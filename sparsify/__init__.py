@@ -53,6 +53,7 @@ _EXPORTS = {
     "fuse": "sparsify.layers.fusion",
     "load": "sparsify.api",
     "masks_of": "sparsify.layers.swap",
+    "permute": "sparsify.permutation",
     "prune": "sparsify.api",
     "run": "sparsify.api",
     "save": "sparsify.api",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from sparsify.layers.fusion import fuse, unfuse
     from sparsify.layers.linear import BlockSparseLinear
     from sparsify.layers.swap import masks_of
+    from sparsify.permutation import permute
     from sparsify.pruner import Pruner
     from sparsify.recipe import Recipe
 
