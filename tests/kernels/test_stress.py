@@ -49,7 +49,7 @@ cases = st.builds(
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(case=cases, dtype=st.sampled_from(DTYPES))
 def test_random_products(kernels, case, dtype):
     torch.manual_seed(0)
