@@ -42,9 +42,10 @@ from sparsify.kernels.hopper_common import (
 )
 from sparsify.kernels.lasting import counters
 from sparsify.kernels.launch import Relaunch
-from sparsify.kernels.schedule import decode_work, plans, unchanged
+from sparsify.kernels.schedule import plans, unchanged
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import cdiv, next_power_of_2
+from sparsify.kernels.work_decode import decode_work
 
 MAX_TOKENS = 64
 # Shared memory of one program's ring: two programs fit a multiprocessor.

@@ -31,9 +31,10 @@ from sparsify.kernels.hopper_common import (
     store_transposed,
 )
 from sparsify.kernels.launch import Relaunch
-from sparsify.kernels.schedule import plans, steps, tiles
+from sparsify.kernels.schedule import plans, tiles
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import cdiv
+from sparsify.kernels.work_square import steps
 
 
 @gluon.jit

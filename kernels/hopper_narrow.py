@@ -34,9 +34,10 @@ from sparsify.kernels.hopper_common import (
     store_transposed,
 )
 from sparsify.kernels.launch import launch
-from sparsify.kernels.schedule import Stacks, stacks, tiles
+from sparsify.kernels.schedule import tiles
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import cdiv
+from sparsify.kernels.work_narrow import Stacks, stacks
 
 
 @triton.jit

@@ -22,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsify.kernels.hopper_common import descriptor, load_tile, make_ring, multiprocessors, view_as
 from sparsify.kernels.hopper_narrow import transposed
 from sparsify.kernels.launch import launch
-from sparsify.kernels.schedule import narrow_units
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import cdiv
+from sparsify.kernels.work_narrow import narrow_units
 
 
 @gluon.jit

@@ -29,9 +29,9 @@ from sparsify.kernels.hopper_common import (
     view_as,
 )
 from sparsify.kernels.launch import launch
-from sparsify.kernels.schedule import units
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import cdiv
+from sparsify.kernels.work_square import units
 
 
 @gluon.jit

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsify import BlockMask, BlockShape
-from sparsify.kernels import schedule
+from sparsify.kernels import schedule, work_decode, work_narrow, work_square
 from sparsify.kernels.storage import Topology, pack, topology, unpack
 
 SUB = schedule.SUB
@@ -39,7 +39,7 @@ def columns_of(x: torch.Tensor, first: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("transposed", [False, True], ids=["dsd", "dds"])
 def test_stacks(shape, block, transposed):
     values, topo = make(shape, block)
-    work = schedule.stacks(topo, block, transposed)
+    work = work_narrow.stacks(topo, block, transposed)
     weight = unpack(values, topo.crow, topo.col, shape)
     width, features = reversed(shape) if transposed else shape
     x = torch.randn(3, features, dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_units_of_the_weight_gradient(block):
     product = dy.T @ x
     dw = torch.full_like(values, float("nan"))
     if min(block) >= SUB:
-        work, subs = schedule.units(topo, block), block[0] // SUB
+        work, subs = work_square.units(topo, block), block[0] // SUB
         rows = dw.view(-1, block[0])
         for unit in work.table.tolist():
             for who in range(2):
@@ -100,7 +100,7 @@ def test_units_of_the_weight_gradient(block):
                         rows[row : row + SUB, at : at + SUB] = sums.T
         assert not work.shared or torch.equal(work.table[:, 2:4], work.table[:, 4:6])
     else:
-        work, flat = schedule.narrow_units(topo, block), dw.view(-1)
+        work, flat = work_narrow.narrow_units(topo, block), dw.view(-1)
         parts = 2 * SUB // work.part
         inside = torch.arange(work.part)[:, None] * block[0] + torch.arange(work.high)
         for unit, cells in zip(work.table.tolist(), work.cells.tolist(), strict=True):
@@ -124,7 +124,7 @@ def test_decode_work(block, weights, most_parts):
     shape = (512, 1000)
     made = [make(shape, block, sparsity) for sparsity in (0.4, 0.8)[:weights]]
     height = min(block[0], 128)
-    work = schedule.decode_work([topo for _, topo in made], block, height, 24, 2, most_parts)
+    work = work_decode.decode_work([topo for _, topo in made], block, height, 24, 2, most_parts)
     x = torch.randn(2, shape[1], dtype=torch.float64)
     part = min(block[1], SUB)
     sums = torch.zeros(weights, 2, shape[0], dtype=torch.float64)
@@ -150,10 +150,10 @@ def test_decode_work(block, weights, most_parts):
 
 def test_lists_are_made_once_and_anew_for_other_indices():
     _, topo = make((256, 256), (64, 64))
-    work = schedule.steps(topo, (64, 64), False)
-    assert schedule.steps(topo, (64, 64), False) is work
+    work = work_square.steps(topo, (64, 64), False)
+    assert work_square.steps(topo, (64, 64), False) is work
     topo.col.add_(0)
-    assert schedule.steps(topo, (64, 64), False) is not work
+    assert work_square.steps(topo, (64, 64), False) is not work
 
 
 def test_weights_are_unchanged_until_somebody_writes_to_them():
