@@ -77,6 +77,8 @@ def prune(
     sensitivity: str | Path | None = None,
     convert: bool = True,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    cache: str | Path | None = None,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> PruneResult:
     """Prunes a model in blocks, in place.
@@ -99,6 +101,10 @@ def prune(
         convert: Swap the layers for block-sparse ones at once. If false, removed blocks are zeros in dense weights,
             and training should hold them there (`sparsify.masking.mask_model(model, result.masks)`).
         calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
+        cache: Folder for the scores of such pruners: another sparsity, scope or bound with the same model, data and
+            options starts from them, and an interrupted call goes on where it stopped.
+        device: Where such pruners compute. Give the GPU for a model on the CPU that is larger than it: one
+            transformer block at a time goes there. Default: where the model is.
         **options: Options of the pruner, such as `norm="l1"` of `magnitude`.
 
     Returns:
@@ -110,10 +116,12 @@ def prune(
         TargetError: If a pattern matches nothing, or nothing can be pruned.
         PrunerError: If the pruner is unknown, or a weight or score is not finite. The model is unchanged then.
     """
+    from sparsify.calibration import needs_calibration
     from sparsify.layers import swap
     from sparsify.pruner import create_pruner
-    from sparsify.stages.prune import budget, make_pruner, prepare, prune_layers
-    from sparsify.targets import select
+    from sparsify.sequential import prune_in_walks
+    from sparsify.stages.prune import budget, prepare, prune_layers
+    from sparsify.walk_cache import WalkCache
 
     shape = BlockShape.parse(block)
     create_pruner(method, **options)
@@ -130,16 +138,14 @@ def prune(
         ignore=ignore,
     )
     limits = budget(settings)
-    statistics: dict[str, dict[str, Tensor]] = {}
-    if calibration is not None:
-        from sparsify.calibration import collect_statistics
-
-        layers = select(model, shape, settings.targets, settings.ignore).layers
-        device = next(model.parameters()).device
-        collect_statistics(model, layers, make_pruner(settings), calibration, device)
-        statistics = {layer.name: layer.statistics for layer in layers}
-    pruner, selection = prepare(model, settings, statistics)
-    masks = prune_layers(pruner, selection.layers, limits)
+    pruner, selection = prepare(model, settings, walks=calibration is not None)
+    if calibration is not None and needs_calibration(pruner):
+        store = None if cache is None else WalkCache(cache)
+        masks = prune_in_walks(
+            model, pruner, selection.layers, limits, calibration, device=device, cache=store
+        )
+    else:
+        masks = prune_layers(pruner, selection.layers, limits)
     if convert:
         swap.convert(model, masks)
         _attach(model)

@@ -11,7 +11,8 @@ inputs count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,44 +51,90 @@ def collect_statistics(
     """
     if not needs_calibration(pruner):
         return
+    training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device if device is None else device
+        with showing(model, layers, pruner) as masks:
+            for batch in batches:
+                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                masks[:] = padding_masks(moved)
+                model(**moved)
+    finally:
+        model.train(training)
+
+
+def padding_masks(batch: Mapping[str, Any]) -> list[Tensor]:
+    """The masks of a batch that say which of its tokens are padding, `(B, T)` bool, `False` for padding."""
+    found = (batch.get("attention_mask"), batch.get("decoder_attention_mask"))
+    return [mask.bool() for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
+
+
+@contextmanager
+def showing(
+    model: nn.Module, layers: Sequence[PrunableLayer], pruner: Pruner, share: bool = False
+) -> Iterator[list[Tensor]]:
+    """While it is open, whatever `layers` are called with is shown to `pruner.calibrate`.
+
+    Args:
+        model: The model.
+        layers: The layers to show.
+        pruner: Who is shown.
+        share: Let linear layers that are called with the very same tensor have the very same statistics, collected
+            and stored once, where they are those that `Pruner.calibrate` collects by itself.
+
+    Yields:
+        A list to put the padding masks of each batch into before it runs.
+
+    Raises:
+        PrunerError: At the end, if no call has reached some layer (an expert without tokens is fine).
+    """
     modules: dict[str, list[PrunableLayer]] = {}
     for layer in layers:
         modules.setdefault(layer.module_name, []).append(layer)
     masks: list[Tensor] = []
     reached: set[str] = set()
+    shares = share and type(pruner).calibrate is Pruner.calibrate
+    leader: list[Any] = [None, None]  # the tensor shown last, and the layer it was shown for
 
     def hook(module_name: str) -> Callable[..., None]:
         own = modules[module_name]
-        show = _show_linear if own[0].index is None else _show_experts
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = [*args, *kwargs.values()]
+            if own[0].index is not None:
+                _show_experts(module, own, pruner, inputs, masks)
+            elif shares and inputs[0] is leader[0] and _follows(own[0], leader[1], module_name in reached):
+                own[0].statistics.update(leader[1].statistics)
+            else:
+                _show_linear(module, own, pruner, inputs, masks)
+                leader[:] = inputs[0], own[0]
             reached.add(module_name)
-            show(module, own, pruner, [*args, *kwargs.values()], masks)
 
         return before
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in modules
     ]
-    training = model.training
-    model.eval()
     try:
-        device = next(model.parameters()).device if device is None else device
-        for batch in batches:
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            found = (moved.get("attention_mask"), moved.get("decoder_attention_mask"))
-            masks[:] = [mask.bool() for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
-            model(**moved)
+        yield masks
     finally:
+        leader[:] = None, None
         for handle in handles:
             handle.remove()
-        model.train(training)
     missed = [name for name in modules if name not in reached]
     if missed:
         raise PrunerError(
             f"layer {missed[0]} saw no calibration input{f', and {len(missed) - 1} more' if missed[1:] else ''}: "
             f"give data that reaches it, or leave it out with ignore"
         )
+
+
+def _follows(layer: PrunableLayer, leader: PrunableLayer, reached: bool) -> bool:
+    """Whether a layer has the same statistics as `leader` up to here: the same tensors, or none yet on both sides."""
+    if reached:
+        return layer.statistics.get("tokens") is leader.statistics.get("tokens")
+    return "tokens" not in layer.statistics
 
 
 def _show_linear(

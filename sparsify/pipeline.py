@@ -27,10 +27,13 @@ from sparsify.stages import State, run_stage
 from sparsify.stages.convert import pack
 from sparsify.stages.prune import restore_masks
 from sparsify.targets import KeptDense
+from sparsify.walk_cache import WalkCache
 from sparsify.workfolder import WorkFolder, last_trainer_checkpoint, replace_text
 
 # Recipes without these stages are over so soon that a work folder would cost more than it saves.
 LONG_STAGES = {"calibrate", "finetune", "evaluate"}
+# Beside the output: scores of pruners that need calibration data (see `sparsify.sequential`).
+SCORES_FOLDER = "sparsify-scores"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -164,6 +167,9 @@ class _Run:
         state = State(
             recipe, model, processor, self.plan.task, device, self.progress, keep=self._keep_before_training
         )
+        if recipe.out is not None:
+            # Beside the output, and not in it, so that another run finds it.
+            state.cache = WalkCache(Path(recipe.out).expanduser().resolve().with_name(SCORES_FOLDER))
         for key in ("columns", "history", "notes", "choices", "trained", "slower"):
             if key in saved:
                 setattr(state, key, saved[key])

@@ -103,6 +103,11 @@ class Pruner(ABC):
     name: ClassVar[str] = ""
     requires: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def compensates(self) -> bool:
+        """Whether `update_weights` does anything; by default, whether the class defines it."""
+        return type(self).update_weights is not Pruner.update_weights
+
     @abstractmethod
     def score(self, layer: PrunableLayer) -> Tensor:
         """Importance of each block.

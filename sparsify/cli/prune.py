@@ -65,6 +65,9 @@ def prune(
         ),
     ] = "auto",
     force: options.Force = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+    ] = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     device: options.Device = "auto",
@@ -99,4 +102,4 @@ def prune(
         task=task,
         trust_remote_code=trust_remote_code,
     )
-    run_recipe(recipe, force=force, resume=False, dry_run=dry_run, as_json=json)
+    run_recipe(recipe, force=force, resume=resume, dry_run=dry_run, as_json=json)

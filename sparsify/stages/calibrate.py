@@ -1,4 +1,4 @@
-"""Collecting the statistics of layer inputs that the next pruner asks for."""
+"""Calibration: samples for the next pruner, or the statistics of layer inputs that it asks for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsify.training.samples import Samples, load_samples
 
 
 def run(stage: CalibrateStage, state: State) -> None:
-    """Runs calibration samples through the model and keeps what the next pruner wants to know of them."""
+    """Reads calibration samples; if the next pruner works during training, keeps what it wants to know of them."""
     settings = next_pruning(state.recipe, state.index)
     pruner = make_pruner(settings)
     if not needs_calibration(pruner):
@@ -25,14 +25,18 @@ def run(stage: CalibrateStage, state: State) -> None:
     assert spec is not None
     with state.progress.task("reading calibration data"):
         samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
-    layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
     count = min(stage.samples, len(samples.dataset))
+    rows = [range(start, min(start + stage.batch, count)) for start in range(0, count, stage.batch)]
+    if isinstance(settings, PruneStage):  # it walks through the model itself, one transformer block at a time
+        state.calibration = [batch_of(samples, part) for part in rows]
+        return
+    layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
     with state.progress.task("calibrating", count) as advance:
 
         def batches() -> Iterator[dict[str, Tensor]]:
-            for start in range(0, count, stage.batch):
-                yield batch_of(samples, range(start, min(start + stage.batch, count)))
-                advance(min(stage.batch, count - start))
+            for part in rows:
+                yield batch_of(samples, part)
+                advance(len(part))
 
         collect_statistics(state.model, layers, pruner, batches(), state.device)
     state.statistics = {layer.name: layer.statistics for layer in layers}

@@ -11,22 +11,38 @@ from torch import Tensor, nn
 from sparsify import sensitivity_file
 from sparsify.allocation import Budget
 from sparsify.blocks import BlockMask, BlockShape
+from sparsify.calibration import needs_calibration
 from sparsify.errors import ConfigError
 from sparsify.layers.kinds import matrices
 from sparsify.progress import Progress
 from sparsify.pruner import PrunableLayer, Pruner, create_pruner
 from sparsify.recipe import PruneStage, Pruning
+from sparsify.sequential import prune_in_walks, remove_blocks
 from sparsify.stages.state import State
 from sparsify.targets import Selection, select
 
 
 def run(stage: PruneStage, state: State) -> None:
-    """Prunes the model as it stands; statistics of an earlier calibration are used."""
-    pruner, selection = prepare(state.model, stage, state.statistics)
-    compensates = type(pruner).update_weights is not Pruner.update_weights
+    """Prunes the model as it stands, with what an earlier calibration stage read or collected."""
+    batches = state.calibration
+    pruner, selection = prepare(state.model, stage, state.statistics, walks=batches is not None)
     # Masks alone describe what happened, unless the kept weights change or zeros of earlier masks come back.
-    state.changed |= compensates or bool(state.masks)
-    state.prune(prune_layers(pruner, selection.layers, budget(stage), state.progress), selection.dense)
+    state.changed |= pruner.compensates or bool(state.masks)
+    limits = budget(stage)
+    if batches is not None and needs_calibration(pruner):
+        masks = prune_in_walks(
+            state.model,
+            pruner,
+            selection.layers,
+            limits,
+            batches,
+            device=state.device,
+            cache=state.cache,
+            progress=state.progress,
+        )
+    else:
+        masks = prune_layers(pruner, selection.layers, limits, state.progress)
+    state.prune(masks, selection.dense)
     state.trained = False
 
 
@@ -49,9 +65,18 @@ def make_pruner(settings: Pruning) -> Pruner:
 
 
 def prepare(
-    model: nn.Module, settings: Pruning, statistics: Mapping[str, dict[str, Tensor]] | None = None
+    model: nn.Module,
+    settings: Pruning,
+    statistics: Mapping[str, dict[str, Tensor]] | None = None,
+    walks: bool = False,
 ) -> tuple[Pruner, Selection]:
     """Makes the pruner and selects its layers, each with the statistics collected for it.
+
+    Args:
+        model: The model.
+        settings: What to prune, and how.
+        statistics: Statistics by layer name.
+        walks: Whether statistics are still to be collected, in walks through the model.
 
     Raises:
         PrunerError: If the pruner or an option is unknown.
@@ -66,7 +91,7 @@ def prepare(
     for layer in selection.layers:
         layer.statistics.update(statistics.get(layer.name, {}))
         missing = pruner.requires - layer.statistics.keys()
-        if missing:
+        if missing and not walks:
             own = min(missing) in type(pruner).requires
             needs = f"pruner {settings.method!r} needs" if own else f"scope {settings.scope!r} needs"
             raise ConfigError(
@@ -100,20 +125,15 @@ def prune_layers(
     with progress.task("removing blocks", len(layers)) as advance:
         for layer in layers:
             pruner.update_weights(layer, masks[layer.name])
-            apply_mask(layer, masks[layer.name])
+            remove_blocks(layer, masks[layer.name])
             advance(text=layer.name)
     return masks
 
 
+@torch.no_grad()
 def restore_masks(model: nn.Module, masks: Mapping[str, BlockMask]) -> None:
     """Zeroes what masks of an earlier run removed from the model that they were made for."""
     for name, module in model.named_modules():
         for layer in matrices(name, module, BlockShape(8, 8)):
             if layer.name in masks:
-                apply_mask(layer, masks[layer.name])
-
-
-@torch.no_grad()
-def apply_mask(layer: PrunableLayer, mask: BlockMask) -> None:
-    """Zeroes the blocks of the layer's weight that the mask removes."""
-    layer.weight.masked_fill_(~mask.elements().to(layer.weight.device), 0)
+                remove_blocks(layer, masks[layer.name])

@@ -15,6 +15,7 @@ from sparsify.layers.swap import masks_of, sparse_modules
 from sparsify.progress import Progress
 from sparsify.recipe import Recipe
 from sparsify.targets import KeptDense
+from sparsify.walk_cache import WalkCache
 
 
 @dataclass
@@ -32,7 +33,9 @@ class State:
         masks: Masks in force, by the name of the matrix.
         kept_dense: Layers that the last pruning left dense, and why.
         slower: Masked layers that stay dense because they would run slower block-sparse, and the reason in words.
-        statistics: Calibration statistics, by layer name.
+        statistics: Calibration statistics, by layer name, for a pruner that works while the model is trained.
+        calibration: Batches for a pruner that works at once, and walks through the model with them.
+        cache: What such a walk stores.
         columns: Measurements by label, in order.
         history: Loss histories: `{"stage": index, "points": [...]}`.
         notes: What `auto` chose, in words.
@@ -56,6 +59,8 @@ class State:
     kept_dense: list[KeptDense] = field(default_factory=list)
     slower: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    calibration: list[dict[str, Tensor]] | None = None
+    cache: WalkCache | None = None
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -86,7 +91,7 @@ class State:
         self.kept_dense = [
             kept for kept in kept_dense if not any(name.startswith(f"{kept.name}.") for name in names)
         ]
-        self.statistics = {}
+        self.statistics, self.calibration = {}, None
 
     def note(self, text: str) -> None:
         """Tells the user, and the report, about a choice."""

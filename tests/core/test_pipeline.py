@@ -213,6 +213,25 @@ def test_calibration_reaches_a_custom_pruner(make, tmp_path, monkeypatch):
     sys.modules.pop("activation_pruner")
 
 
+def test_an_interrupted_second_order_pruning_goes_on_and_ends_with_the_same_bytes(make, tmp_path):
+    stages = [
+        {"stage": "calibrate", "samples": 8, "batch": 4},
+        {**PRUNE, "method": "block_obs"},
+        "convert",
+        "report",
+    ]
+    with pytest.raises(pipeline.Interrupted, match="run the same command with --resume"):
+        pipeline.run(make(*stages), progress=Notes("adjusting weights", 1))
+    scores = tmp_path / "sparsify-scores"
+    stored = {file: file.stat().st_mtime_ns for file in scores.rglob("*") if file.is_file()}
+    assert len(stored) == 3  # scores of both transformer blocks, adjusted weights of the first
+    pipeline.run(make(*stages), resume=True)
+    pipeline.run(make(*stages, out="whole"))
+    assert checkpoints.digests(tmp_path / "out") == checkpoints.digests(tmp_path / "whole")
+    left = {file: file.stat().st_mtime_ns for file in scores.rglob("*") if file.is_file()}
+    assert len(left) == 2 and left.items() < stored.items()
+
+
 def test_bfloat16_weights_are_trained_in_float32_and_stay_bfloat16(tmp_path, make):
     source = checkpoints.llama(tmp_path / "bf16", torch.bfloat16)
     result = pipeline.run(

@@ -1,0 +1,200 @@
+"""Block OBS: whole blocks go by the output error they leave behind, and the weights that stay make up for them.
+
+With `X` `(tokens, K)` the inputs of a layer and `H = X^T X / tokens`, a changed weight `W'` is off by
+`tr((W - W') H (W - W')^T)`, the mean squared error of the output. Every block row of `bo` outputs is a problem of its
+own with the same `H`. If one of its blocks `W_B` `(bo, bi)` goes, and all other weights of the row are free to adjust,
+then (Hassibi & Stork, "Optimal Brain Surgeon", 1993; for groups of weights Kurtic et al., "The Optimal BERT Surgeon",
+2022)
+
+    error(B)   = tr( W_B  (Hinv_BB)^-1  W_B^T )
+    W_row     -= W_B (Hinv_BB)^-1 Hinv_B:
+    Hinv      -= Hinv_:B (Hinv_BB)^-1 Hinv_B:         the inverse of H without B's rows and columns
+
+**Scores.** Each block row is emptied step by step, as the optimal brain compressor does with single weights (Frantar &
+Alistarh 2022): the cheapest blocks go, weights and inverse are updated, the errors of the others are estimated anew. A
+block's score is its error at the time it went, made non-decreasing, so that any budget takes the blocks of a row in
+that order. To compare layers it is divided by the layer's mean squared output and by the block's own elements: the
+share of the output lost for each element saved.
+
+**Weights.** For the masks that the budget chose the best kept weights of a block row with kept columns S are exactly
+
+    W'_S = W H_:S (H_SS)^-1
+
+which is what the updates above add up to. Removing the blocks of a row all together, and not in order as SparseGPT
+(Frantar & Alistarh 2023) does, costs one Cholesky factorisation for each block row, and leaves no error of order.
+
+`H` is dampened by `damping` times its mean diagonal, more where that is not enough to invert it. Inverse and solution
+are float64; the emptying of rows, a K x K matrix at a time, is float32.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsify.blocks import BlockMask, BlockShape, block_sizes
+from sparsify.errors import PrunerError
+from sparsify.pruner import PrunableLayer, Pruner
+
+MOST_DAMPING = 10.0  # times the mean diagonal; beyond it the inputs would no longer matter
+
+
+class BlockOBS(Pruner):
+    """Scores blocks by the second-order error of removing them, and adjusts the weights that stay.
+
+    Args:
+        damping: Added to the Hessian's diagonal, as a share of its mean; above 0. More of it trusts the calibration
+            data less.
+        steps: In how many steps a block row is emptied; the errors are estimated anew before each of them.
+        update: Whether kept weights are adjusted for what goes.
+
+    Raises:
+        PrunerError: If an option is out of range.
+    """
+
+    name = "block_obs"
+    requires = frozenset({"hessian"})
+
+    def __init__(self, damping: float = 0.01, steps: int = 32, update: bool = True) -> None:
+        if not 0.0 < damping <= MOST_DAMPING:
+            raise PrunerError(f"damping {damping} is out of range: it must be above 0, such as 0.01")
+        if not isinstance(steps, int) or steps < 1:
+            raise PrunerError(f"steps {steps!r} is out of range: it is a whole number of at least 1")
+        self.damping = damping
+        self.steps = steps
+        self.update = update
+
+    @property
+    def compensates(self) -> bool:
+        """Whether kept weights are adjusted."""
+        return self.update
+
+    def score(self, layer: PrunableLayer) -> Tensor:
+        """Relative output error for each element that removing a block saves, `(R, C)` float32.
+
+        Raises:
+            PrunerError: If the weight or the Hessian holds NaN or infinity.
+        """
+        cols = layer.grid[1]
+        bi = layer.block.cols
+        hessian, factor = self._hessian(layer)
+        weight = _finite_weight(layer, hessian)
+        energy = ((weight @ hessian) * weight).sum().clamp_min(torch.finfo(torch.float32).tiny)
+        # Columns beyond the weight's edge are independent inputs whose weights are zero: they cost nothing.
+        inverse = torch.block_diag(
+            torch.cholesky_inverse(factor),
+            torch.eye(cols * bi - layer.shape[1], dtype=factor.dtype, device=factor.device),
+        )
+        del hessian, factor
+        weight = functional.pad(weight, (0, cols * bi - layer.shape[1]))
+        at_once = -(-cols // self.steps)
+        try:
+            errors = _empty_rows(weight.float(), inverse.float(), layer.block, at_once)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage] -- too much lost in float32
+            errors = _empty_rows(weight, inverse, layer.block, at_once)
+        return (errors / energy / block_sizes(layer.shape, layer.block).to(errors.device)).float()
+
+    def update_weights(self, layer: PrunableLayer, mask: BlockMask) -> None:
+        """Solves for the kept weights of each block row."""
+        if not self.update or bool(mask.keep.all()):
+            return
+        hessian, _ = self._hessian(layer)
+        weight = _finite_weight(layer, hessian)
+        wanted = weight @ hessian
+        widths = block_sizes(layer.shape, layer.block)[0] // min(layer.block.rows, layer.shape[0])
+        for rows, part, keep in zip(
+            weight.split(layer.block.rows), wanted.split(layer.block.rows), mask.keep.cpu(), strict=True
+        ):
+            columns = keep.repeat_interleave(widths).nonzero().flatten().to(weight.device)
+            rows.zero_()
+            if columns.numel():
+                factor = torch.linalg.cholesky(hessian[columns[:, None], columns])
+                rows[:, columns] = torch.cholesky_solve(part[:, columns].t(), factor).t()
+        layer.weight.copy_(weight)
+
+    def _hessian(self, layer: PrunableLayer) -> tuple[Tensor, Tensor]:
+        """The dampened Hessian `(K, K)` float64 on the weight's device, and its lower Cholesky factor."""
+        hessian = layer.statistics["hessian"].to(layer.weight.device, torch.float64, copy=True)
+        mean = hessian.diagonal().mean()
+        if not bool(torch.isfinite(hessian).all()):
+            raise PrunerError(
+                f"calibration inputs of layer {layer.name} hold NaN or infinity: look for damaged weights before it, "
+                f"or run the model in a wider dtype"
+            )
+        if (
+            mean == 0
+        ):  # nothing but zeros came in, or (in an expert) nothing at all: every feature counts alike
+            hessian.diagonal().fill_(1.0)
+            return hessian, hessian.clone()
+        damping, added = self.damping, 0.0
+        while True:
+            hessian.diagonal().add_((damping - added) * mean)
+            factor, failed = torch.linalg.cholesky_ex(hessian)
+            if not failed:
+                break
+            if damping >= MOST_DAMPING:
+                raise PrunerError(
+                    f"the Hessian of layer {layer.name} is not positive: its calibration is damaged"
+                )
+            damping, added = min(10 * damping, MOST_DAMPING), damping
+        if damping > self.damping:
+            logging.getLogger("sparsify").warning(
+                "the Hessian of layer %s is singular: dampened by %g of its mean diagonal instead of %g",
+                *(layer.name, damping, self.damping),
+            )
+        return hessian, factor
+
+
+def _finite_weight(layer: PrunableLayer, like: Tensor) -> Tensor:
+    weight = layer.weight.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+    if not bool(torch.isfinite(weight).all()):
+        raise PrunerError(f"weights of layer {layer.name} hold NaN or infinity: the checkpoint is damaged")
+    return weight
+
+
+def _empty_rows(weight: Tensor, inverse: Tensor, block: BlockShape, at_once: int) -> Tensor:
+    return torch.stack([empty_row(part, inverse, block.cols, at_once) for part in weight.split(block.rows)])
+
+
+def empty_row(weight: Tensor, inverse: Tensor, width: int, at_once: int = 1) -> Tensor:
+    """Removes the blocks of one block row, the cheapest first, until none is left.
+
+    Args:
+        weight: `(bo, C * width)`, one block row of the weight.
+        inverse: `(C * width, C * width)`, inverse of the Hessian of its inputs.
+        width: Columns of a block, `bi`.
+        at_once: Blocks that go before the errors of the others are estimated anew.
+
+    Returns:
+        Error of each block when it went, `(C,)`, made non-decreasing in the order of removal.
+    """
+    count = inverse.shape[0] // width
+    errors = weight.new_zeros(count)
+    left, worst = torch.arange(count, device=weight.device), weight.new_zeros(())
+    while left.numel():
+        blocks = weight.unflatten(1, (-1, width))  # (bo, c, bi)
+        own = inverse.unflatten(1, (-1, width)).unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2)
+        factor = torch.linalg.cholesky(own.permute(2, 0, 1))  # (c, bi, bi)
+        whitened = torch.linalg.solve_triangular(factor, blocks.permute(1, 2, 0), upper=False)
+        error = whitened.square().sum((1, 2))
+        order = error.argsort(stable=True)
+        gone, stay = order[:at_once], order[at_once:].sort().values
+        errors[left[gone]] = torch.maximum(error[gone], worst)
+        worst = torch.maximum(worst, error[gone].max())
+        left = left[stay]
+        if not left.numel():
+            break
+        removed, kept = (_columns(index, width) for index in (gone, stay))
+        cross = inverse[kept[:, None], removed]  # (k, g)
+        solved = torch.cholesky_solve(cross.t(), torch.linalg.cholesky(inverse[removed[:, None], removed]))
+        weight = weight[:, kept] - weight[:, removed] @ solved
+        inverse = inverse[kept[:, None], kept].addmm_(cross, solved, alpha=-1)
+    return errors
+
+
+def _columns(blocks: Tensor, width: int) -> Tensor:
+    """Columns that `blocks` cover, in order."""
+    return (blocks[:, None] * width + torch.arange(width, device=blocks.device)).flatten()

@@ -1,0 +1,192 @@
+"""Pruning with calibration data, one transformer block at a time.
+
+There are at most two walks over the model's blocks (`sparsify.walk`), because a budget over all layers can only be
+split once every score is known:
+
+1. over the dense model: statistics and scores of every layer. No weight changes. Scores are kept in the cache, so that
+   another sparsity, scope or bound starts from them, and an interrupted walk goes on behind the last finished block;
+2. only for pruners that adjust weights: the masks are fixed, and each layer is adjusted to the inputs that the pruned
+   layers before it give. Within a block, layers that share an input go together, in the order in which they run, and
+   statistics are of one such group. Finished blocks are kept in the cache until the walk is over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.allocation import Budget
+from sparsify.blocks import BlockMask
+from sparsify.calibration import needs_calibration
+from sparsify.errors import PrunerError
+from sparsify.progress import Progress
+from sparsify.pruner import PrunableLayer, Pruner
+from sparsify.walk import Batch, Walk
+from sparsify.walk_cache import WalkCache
+
+
+@torch.no_grad()
+def prune_in_walks(
+    model: nn.Module,
+    pruner: Pruner,
+    layers: Sequence[PrunableLayer],
+    budget: Budget,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    device: torch.device | str | None = None,
+    cache: WalkCache | None = None,
+    progress: Progress | None = None,
+) -> dict[str, BlockMask]:
+    """Scores all layers, chooses the masks, adjusts kept weights where the pruner does that, and zeroes the rest.
+
+    No weight changes before every score is known to be good.
+
+    Args:
+        model: The dense model.
+        pruner: Any pruner.
+        layers: What to prune.
+        budget: How much.
+        batches: Calibration data: keyword arguments of the model's forward pass.
+        device: Where to compute. A model on another device (one on the CPU that is larger than the GPU) is brought
+            there one block at a time, and activations wait on the CPU. Default: where the model is.
+        cache: Where scores and finished blocks are kept.
+        progress: Told about every block.
+
+    Returns:
+        The masks by layer name, on the CPU.
+
+    Raises:
+        PrunerError: If there is no data, a layer is reached by none of it, or a weight, an input or a score is not
+            finite.
+    """
+    progress = progress or Progress()
+    data: list[Batch] = [dict(batch) for batch in batches]
+    if not data:
+        raise PrunerError("there is no calibration data: give at least one batch")
+    with Walk(model, layers, data, device) as walk:
+        key = _fingerprint(model, pruner, layers, data) if cache is not None else ""
+        scores = _score(walk, pruner, cache, key, progress)
+        masks = budget.masks(scores, layers)
+        if pruner.compensates:
+            _update(walk, pruner, masks, cache, _fingerprint_of_masks(key, masks), progress)
+            return masks
+    for layer in layers:
+        remove_blocks(layer, masks[layer.name])
+    return masks
+
+
+def remove_blocks(layer: PrunableLayer, mask: BlockMask) -> None:
+    """Zeroes the blocks of the layer's weight that the mask removes."""
+    layer.weight.masked_fill_(~mask.elements().to(layer.weight.device), 0)
+
+
+def _score(
+    walk: Walk, pruner: Pruner, cache: WalkCache | None, key: str, progress: Progress
+) -> dict[str, Tensor]:
+    """The first walk: scores of all layers, `(R, C)` on the CPU, by name."""
+    scores: dict[str, Tensor] = {}
+    by_name = {layer.name: layer for layer in walk.layers}
+    for name in walk.names:
+        stored = None if cache is None else cache.read(f"{key}/{name or 'model'}")
+        for entry, tensor in (stored or {}).items():
+            layer, _, statistic = entry.partition(":")
+            if statistic:
+                by_name[layer].statistics[statistic] = tensor
+            else:
+                scores[layer] = tensor
+    if all(name in scores for name in by_name):
+        return scores
+    with progress.task("scoring blocks", len(walk.names)) as advance:
+        for block in walk:
+            if all(layer.name in scores for layer in block.layers):
+                block.advance()
+            else:
+                block.advance(pruner)
+                found = {layer.name: pruner.score(layer).float().cpu() for layer in block.layers}
+                scores |= found
+                small = {
+                    f"{layer.name}:{key}": value
+                    for layer in block.layers
+                    for key, value in _keep_small(layer)
+                }
+                if cache is not None:
+                    cache.write(f"{key}/{block.name or 'model'}", found | small)
+            advance(text=block.name)
+    return scores
+
+
+def _update(
+    walk: Walk,
+    pruner: Pruner,
+    masks: Mapping[str, BlockMask],
+    cache: WalkCache | None,
+    key: str,
+    progress: Progress,
+) -> None:
+    """The second walk: adjusts and zeroes the weights of one block after the other."""
+    by_name = {layer.name: layer for layer in walk.layers}
+    with progress.task("adjusting weights", len(walk.names)) as advance:
+        for block in walk:
+            done = cache.read(f"{key}/{block.name or 'model'}") if cache is not None else None
+            for group in block.groups() if done is None else ():
+                for layer in group:
+                    layer.statistics.clear()
+                if needs_calibration(pruner):
+                    block.show(pruner, group)
+                for layer in group:
+                    pruner.update_weights(layer, masks[layer.name])
+                    remove_blocks(layer, masks[layer.name])
+                    layer.statistics.clear()
+            for name, weight in (done or {}).items():
+                by_name[name].weight.copy_(weight)
+            if cache is not None and done is None:
+                weights = {layer.name: layer.weight.cpu().contiguous() for layer in block.layers}
+                cache.write(f"{key}/{block.name or 'model'}", weights)
+            block.advance()
+            advance(text=block.name)
+    if cache is not None:
+        cache.remove(key)
+
+
+def _keep_small(layer: PrunableLayer) -> list[tuple[str, Tensor]]:
+    """Drops a layer's statistics but for those that have one number a feature, which the budget may want to see."""
+    kept = {name: value.cpu().clone() for name, value in layer.statistics.items() if value.dim() < 2}
+    layer.statistics.clear()
+    layer.statistics.update(kept)
+    return list(kept.items())
+
+
+def _fingerprint(
+    model: nn.Module, pruner: Pruner, layers: Sequence[PrunableLayer], batches: Sequence[Batch]
+) -> str:
+    """What decides the scores, as a SHA-256: weights, pruner, options, layers, block shape and calibration data."""
+    digest = hashlib.sha256()
+    digest.update(
+        repr((type(pruner).__module__, type(pruner).__qualname__, sorted(vars(pruner).items()))).encode()
+    )
+    digest.update(repr([(layer.name, layer.shape, str(layer.block)) for layer in layers]).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(name.encode())
+        _add(digest, tensor)
+    for batch in batches:
+        for name, value in batch.items():
+            digest.update(name.encode())
+            _add(digest, value) if isinstance(value, Tensor) else digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint_of_masks(key: str, masks: Mapping[str, BlockMask]) -> str:
+    digest = hashlib.sha256()
+    for name, mask in masks.items():
+        digest.update(name.encode())
+        _add(digest, mask.keep)
+    return f"{key}-{digest.hexdigest()[:16]}"
+
+
+def _add(digest: Any, tensor: Tensor) -> None:
+    digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
