@@ -22,7 +22,6 @@ any block alive that is smaller than that. Until a block is among the lowest, th
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from sparsify.blocks import block_sizes, to_blocks
 from sparsify.errors import PrunerError
-from sparsify.pruner import PrunableLayer, Pruner
+from sparsify.pruner import PrunableLayer, Pruner, ramped
 
 if TYPE_CHECKING:
     from sparsify.pruner import Budget
@@ -83,7 +82,8 @@ class GroupLasso(Pruner):
         self._done = progress
         scores = {layer.name: self.score(layer) for layer in layers}
         final = self._budget.masks(scores, layers)
-        now = self._ramped(self._budget, progress).masks(scores, layers)
+        rising = 1.0 - self.fade
+        now = ramped(self._budget, progress / rising if progress < rising else 1.0).masks(scores, layers)
         for layer in layers:
             score = scores[layer.name]
             # Rounded in another way, the lower budget may remove a block that the whole one keeps.
@@ -96,11 +96,6 @@ class GroupLasso(Pruner):
             layer.statistics["rms"] = after
             if not bool(keep.all()):
                 _scale(layer, torch.where(keep | (score == 0.0), 1.0, after / score))
-
-    def _ramped(self, budget: Budget, progress: float) -> Budget:
-        rising = 1.0 - self.fade
-        ramp = 1.0 - (1.0 - progress / rising) ** 3 if progress < rising else 1.0
-        return dataclasses.replace(budget, sparsity=max(budget.sparsity * ramp, 1.0 - budget.ceiling))
 
 
 def _scale(layer: PrunableLayer, factor: Tensor) -> None:

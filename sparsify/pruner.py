@@ -13,7 +13,7 @@ import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -162,6 +162,28 @@ class Pruner(ABC):
             layers: Every layer of the phase; `layer.weight` may be written to.
             progress: Share of the pruning phase done with this step, 0 to 1.
         """
+
+    def masks(self, layers: Sequence[PrunableLayer], progress: float) -> dict[str, BlockMask] | None:
+        """The masks to train under from now on, asked for before every forward pass; `None` leaves them as they are.
+
+        What is masked this way keeps its weights and its gradient, and may come back. Default: no masks.
+
+        Args:
+            layers: Every layer of the phase.
+            progress: Share of the pruning phase done, 0 to 1; 1 is never asked for, the budget's own masks end it.
+        """
+
+
+def ramped(budget: Budget, share: float) -> Budget:
+    """The budget at a point of a phase that prunes little by little: sparsity `S * (1 - (1 - share)^3)`.
+
+    Source: Zhu & Gupta, "To prune, or not to prune" (2017).
+
+    Args:
+        budget: The budget to arrive at; its ceiling is never exceeded.
+        share: Share of the ramp that is done, 0 to 1.
+    """
+    return replace(budget, sparsity=max(budget.sparsity * (1.0 - (1.0 - share) ** 3), 1.0 - budget.ceiling))
 
 
 def _add_to_mean(mean: Tensor, total: Tensor, seen: int, new: int) -> None:

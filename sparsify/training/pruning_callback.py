@@ -14,20 +14,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sparsify.allocation import Budget
 from sparsify.blocks import BlockMask
 from sparsify.errors import ConfigError
-from sparsify.masking import load_masks, mask_gradients, mask_model, save_masks
+from sparsify.masking import current_masks, load_masks, mask_gradients, mask_model, save_masks
 from sparsify.pruner import PrunableLayer, Pruner
 
 MASKS_FILE = "sparsify_masks.safetensors"
 STATISTICS_FILE = "sparsify_statistics.safetensors"
+HIDDEN_FILE = "sparsify_hidden.safetensors"
 
 
 class PruningCallback(TrainerCallback):
     """Runs a pruner during training, then fixes the exact masks and lets training go on under them.
 
     The pruner's `before_step` and `after_step` are called around each optimizer step until the share `until` of the
-    steps is done. Then its last scores become masks, `update_weights` may compensate, and the layers are masked
-    (`sparsify.masking`). Each checkpoint of the Trainer gets what a resumed run needs: the masks once they are
-    fixed, and the statistics that the pruner gathered.
+    steps is done, and the layers are trained under the `masks` that it gives in between. Then its last scores become
+    masks, `update_weights` may compensate, and the layers are masked for good (`sparsify.masking`). Each checkpoint of
+    the Trainer gets what a resumed run needs: the masks once they are fixed, the statistics that the pruner gathered,
+    and the weights that its masks hide.
 
     Attributes:
         masks: The fixed masks by layer name; `None` before the end of the pruning phase.
@@ -60,7 +62,11 @@ class PruningCallback(TrainerCallback):
         if state.global_step:
             self._restore(_checkpoint(args, state), kwargs["model"])
         if self.masks is None:
-            self.pruner.begin(self.layers, self.budget, self._progress(state.global_step, state))
+            progress = self._progress(state.global_step, state)
+            self.pruner.begin(self.layers, self.budget, progress)
+            self._mask(kwargs["model"], progress)
+            if state.global_step:
+                self._restore_hidden(_checkpoint(args, state))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,6 +92,8 @@ class PruningCallback(TrainerCallback):
             for layer in self.layers:
                 self.pruner.update_weights(layer, self.masks[layer.name])
             mask_model(kwargs["model"], self.masks)
+        else:
+            self._mask(kwargs["model"], progress)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,6 +111,29 @@ class PruningCallback(TrainerCallback):
             from safetensors.torch import save_file
 
             save_file({key: t.contiguous() for key, t in statistics.items()}, folder / STATISTICS_FILE)
+        masks = current_masks(kwargs["model"]) if self.masks is None else {}
+        hidden = {
+            layer.name: _hidden(layer, masks[layer.name]) for layer in self.layers if layer.name in masks
+        }
+        if hidden:
+            from safetensors.torch import save_file
+
+            save_file(hidden, folder / HIDDEN_FILE)
+
+    def _mask(self, model: nn.Module, progress: float) -> None:
+        if masks := self.pruner.masks(self.layers, progress):
+            mask_model(model, masks)
+
+    @torch.no_grad()
+    def _restore_hidden(self, folder: Path) -> None:
+        """Puts back what the checkpoint's ordinary files hold zeros for."""
+        if (folder / HIDDEN_FILE).is_file():
+            from safetensors.torch import load_file
+
+            saved = load_file(folder / HIDDEN_FILE)
+            for layer in self.layers:
+                if layer.name in saved:
+                    layer.weight.add_(saved[layer.name].to(layer.weight.device))
 
     def _progress(self, step: int, state: TrainerState) -> float:
         return min(step / max(1, round(self.until * state.max_steps)), 1.0)
@@ -121,6 +152,11 @@ class PruningCallback(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _hidden(layer: PrunableLayer, mask: BlockMask) -> Tensor:
+    """The weight `(N, K)` with zeros where the mask keeps it."""
+    return layer.weight.masked_fill(mask.elements().to(layer.weight.device), 0).contiguous()
 
 
 def _of(layer: PrunableLayer, saved: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import transformers
 from sparsify import BlockShape
 from sparsify.allocation import Budget
 from sparsify.calibration import collect_statistics
+from sparsify.masking import mask_gradients, mask_model, unmask
 from sparsify.pruner import available, create_pruner
 from sparsify.targets import select
 
@@ -58,6 +59,27 @@ def test_the_training_loop_lands_on_the_target(model):
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
     assert zeros == sum(layer.weight.numel() for layer in layers) / 2
     assert not any(layer.weight[~names["masks"][layer.name].elements()].any() for layer in layers)
+
+
+@pytest.mark.parametrize("method", ["prune_and_grow", "movement"])
+def test_the_training_loop_under_masks_lands_on_the_target(model, method: str):
+    ids = torch.randint(0, 64, (20, 2, 16))
+    names = {
+        "model": model,
+        "batches": [{"input_ids": batch, "labels": batch} for batch in ids],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "create_pruner": create_pruner,
+        "select": select,
+        "BlockShape": BlockShape,
+        "Budget": Budget,
+        "mask_model": mask_model,
+        "mask_gradients": mask_gradients,
+    }
+    exec(next(code for code in CODE if "pruner.masks" in code).replace("prune_and_grow", method), names)
+    masks = unmask(model)
+    kept = sum(mask.elements_kept for mask in masks.values())
+    assert kept == sum(layer.weight.numel() for layer in names["layers"]) / 2
+    assert not any(layer.weight[~masks[layer.name].elements()].any() for layer in names["layers"])
 
 
 def test_the_stack_of_patterns_is_built_and_mixes():

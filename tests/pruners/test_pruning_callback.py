@@ -23,7 +23,7 @@ BLOCK = BlockShape(16, 8)
 
 
 class Movement(Pruner):
-    """Keeps blocks that training moves away from zero; its scores live in the layer's statistics."""
+    """A pruner of one's own, which keeps all that it knows in the layers' statistics."""
 
     def before_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
         for layer in layers:
@@ -75,7 +75,13 @@ def make_callback(model: nn.Module, pruner: Pruner, until: float) -> PruningCall
     return PruningCallback(pruner, select(model, BLOCK).layers, Budget(0.5), until)
 
 
-PRUNERS = {"group_lasso": lambda: create_pruner("group_lasso"), "movement": Movement}
+PRUNERS = {
+    "group_lasso": lambda: create_pruner("group_lasso"),
+    "custom": Movement,
+    "movement": lambda: create_pruner("movement", warmup=0.0, settle=0.5),
+    "prune_and_grow": lambda: create_pruner("prune_and_grow", every=0.25, ramp=0.25),
+    "prune_and_grow from scratch": lambda: create_pruner("prune_and_grow", every=0.25, ramp=0.0),
+}
 
 
 @pytest.mark.parametrize("step", [2, 4, 6], ids=["while pruning", "at the cut", "after the cut"])
