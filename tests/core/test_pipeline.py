@@ -22,6 +22,7 @@ from tests.cli import checkpoints
 from tests.cli.checkpoints import digests
 
 PRUNE = {"stage": "prune", "block": "32x32", "sparsity": 0.5}
+SEARCHES = ["group_lasso", "movement", "prune_and_grow"]
 TRAIN = {"stage": "finetune", "steps": 6, "batch": 4, "learning_rate": 2e-3}
 
 
@@ -184,8 +185,9 @@ def test_heal_auto_is_masked_where_the_result_is_dense(make, tmp_path):
     assert 0.2 < float((weight == 0).float().mean()) < 0.9
 
 
-def test_group_lasso_search_ends_at_the_exact_sparsity(make):
-    search = {"method": "group_lasso", "block": "32x32", "sparsity": 0.6, "until": 0.5}
+@pytest.mark.parametrize("method", SEARCHES)
+def test_a_search_ends_at_the_exact_sparsity(make, method: str):
+    search = {"method": method, "block": "32x32", "sparsity": 0.6, "until": 0.5}
     result = pipeline.run(
         make("evaluate", {**TRAIN, "steps": 8, "pruner": search}, "convert", "evaluate", "report")
     )
@@ -306,10 +308,11 @@ def test_interrupted_run_resumes_to_the_same_bytes(make, tmp_path, task, step, h
     assert not (tmp_path / "out.work").exists()
 
 
-def test_interrupted_search_resumes_to_the_same_bytes(make, tmp_path):
-    search = {"method": "group_lasso", "block": "32x32", "sparsity": 0.5}
+@pytest.mark.parametrize("method", SEARCHES)
+def test_interrupted_search_resumes_to_the_same_bytes(make, tmp_path, method: str):
+    search = {"method": method, "block": "32x32", "sparsity": 0.5}
     stages = [
-        {**TRAIN, "steps": 8, "save_steps": 2, "pruner": search},
+        {**TRAIN, "steps": 8, "accumulate": 2, "save_steps": 2, "pruner": search},
         {**TRAIN, "steps": 2, "heal": "packed"},
         "convert",
     ]
