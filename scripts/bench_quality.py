@@ -179,7 +179,13 @@ def run(subject: Subject, sparsity: float, folder: Path) -> dict[str, Any]:
                 reached, emptied = prune_elements(model, names, sparsity, scope), 0
             else:
                 result = sparsify.prune(
-                    model, method="magnitude", block=block, sparsity=sparsity, scope=scope, convert=True
+                    model,
+                    method="magnitude",
+                    block=block,
+                    sparsity=sparsity,
+                    scope=scope,
+                    floor=0.0,
+                    convert=True,
                 )
                 names = list(result.masks)
                 reached = result.sparsity
@@ -230,8 +236,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         "# One-shot block pruning: what it costs in quality",
         "",
         f"Magnitude (root mean square of a block), {report['sparsity']:.0%} of the weights of the transformer blocks' "
-        "linear layers removed at once, no training after it. `global` ranks the blocks of all layers together, "
-        "`layer` removes the same share of each. Blocks of 1x1 are unstructured pruning, for scale: nothing gets "
+        "linear layers removed at once, no training after it. `global` ranks the blocks of all layers together "
+        "without a floor, `layer` removes the same share of each. Blocks of 1x1 are unstructured pruning, for scale: nothing gets "
         "smaller or faster by it. These numbers are the baseline that calibration, search and recovery start from.",
         "",
         f"    {report['command']}",

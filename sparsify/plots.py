@@ -185,6 +185,52 @@ def loss_curve(losses: Mapping[str, Sequence[tuple[int, float]]], path: str | Pa
     return _write(figure, path)
 
 
+def sensitivity(curves: Mapping[str, Mapping[float, float]], path: str | Path, *, loss: str) -> Path:
+    """One row a layer, one dot for each sparsity: by how much the loss rises when this layer alone is pruned.
+
+    Args:
+        curves: For each layer, rise of the loss by sparsity (0 to 1); all with the same sparsities.
+        path: File to write.
+        loss: What the loss is, such as `nats`.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigError: If there is nothing to draw or the suffix is unknown.
+    """
+    from matplotlib import colormaps
+
+    _need(curves, "a layer's curve")
+    figure = _figure(7.5, 1.6 + 0.22 * len(curves))
+    axes = figure.add_subplot()
+    sparsities = sorted(next(iter(curves.values())))
+    names = list(curves)
+    # Logarithmic from a thousandth of the largest rise on, straight from there to zero; less than zero is noise.
+    axes.set_xscale(
+        "symlog", linthresh=max((max(c.values()) for c in curves.values()), default=0.0) / 1000 or 1.0
+    )
+    for index, sparsity in enumerate(sparsities):
+        color = colormaps["viridis"](0.85 * (1 - index / max(1, len(sparsities) - 1)))
+        rises = [max(0.0, curves[name][sparsity]) for name in names]
+        axes.plot(rises, names, "o", color=color, label=f"{sparsity:.0%}", clip_on=False)
+    axes.set_title(f"Rise of the loss when one layer is pruned, {loss}", loc="left", pad=24)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.set_xlim(left=0)
+    axes.invert_yaxis()
+    # Dots may lie anywhere inside the axes, so the legend stands above them.
+    axes.legend(
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(sparsities),
+        borderaxespad=0,
+        columnspacing=1,
+        handletextpad=0,
+    )
+    return _write(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 

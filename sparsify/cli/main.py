@@ -24,6 +24,7 @@ from sparsify.cli.prune import prune
 from sparsify.cli.pruners import pruners
 from sparsify.cli.recipe import app as recipe_app
 from sparsify.cli.run import run
+from sparsify.cli.sensitivity import sensitivity
 from sparsify.cli.tune import tune
 from sparsify.errors import SparsifyError
 
@@ -100,6 +101,10 @@ app.command("bench", epilog=_example("sparsify bench path/to/sparse --against pa
     bench
 )
 app.command("tune", epilog=_example("sparsify tune path/to/sparse --tokens 1,16,256,4096"))(tune)
+app.command(
+    "sensitivity",
+    epilog=_example("sparsify sensitivity path/to/model --data train.txt --block 64x64 --samples 64"),
+)(sensitivity)
 app.command("densify", epilog=_example("sparsify densify path/to/sparse --out path/to/dense"))(densify)
 app.command("pruners", epilog=_example("sparsify pruners"))(pruners)
 app.add_typer(recipe_app, name="recipe")

@@ -68,7 +68,7 @@ def tune(
         model,
         shapes=shapes,
         blocks=None if block is None else block.split(","),
-        sparsities=None if sparsity is None else _numbers(sparsity),
+        sparsities=None if sparsity is None else numbers(sparsity),
         tokens=tokens,
         training=training,
         repeats=repeats,
@@ -96,7 +96,8 @@ def _print(report: dict[str, Any], verdict: Any) -> None:
         console.say(line)
 
 
-def _numbers(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
+    """Sparsities from text, separated by commas."""
     from sparsify.errors import ConfigError
 
     try:

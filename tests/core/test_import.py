@@ -16,14 +16,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A unit is a module or folder directly inside sparsify/. It imports from its own level and those below it. What is
 # not named here stands on the middle level, with the layers, the pruner contract and the checkpoint.
-LEVELS = {"errors": 0, "blocks": 1, "kernels": 1, "stages": 3, "pipeline": 4, "api": 5, "cli": 6}
+LEVELS = {
+    "errors": 0,
+    "blocks": 1,
+    "kernels": 1,
+    "stages": 3,
+    "sensitivity": 3,
+    "pipeline": 4,
+    "api": 5,
+    "cli": 6,
+}
 MIDDLE = 2
 # `__init__` names everything, `__main__` is the command, `_autoload` is for torch to call.
 OUTSIDE = {"__init__", "__main__", "_autoload"}
 # Pruners are reached through their registry alone, and know the contract alone.
 PRUNER_MAY_IMPORT = {"pruner", "patterns", "blocks", "errors"}
 SCRIPT_MAY_IMPORT = {
-    "bench", "data", "measure", "patterns", "plots", "quality", "recipe", "blocks", "errors", "kernels"
+    "bench", "data", "measure", "patterns", "plots", "quality", "recipe", "sensitivity", "blocks", "errors", "kernels"
 }  # fmt: skip
 
 

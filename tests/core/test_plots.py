@@ -36,11 +36,16 @@ def draw_blocks(path):
     return plots.quality_by_block(series, path, quality="Spearman x 100", dense=4.0)
 
 
+def draw_sensitivity(path):
+    curves = {"a.q": {0.5: 0.1, 0.9: 2.0}, "a.k": {0.5: -0.01, 0.9: 0.4}}
+    return plots.sensitivity(curves, path, loss="nats")
+
+
 def draw_loss(path):
     return plots.loss_curve({"training": [(0, 5.0), (10, 4.0)], "held-out": [(10, 4.5)]}, path)
 
 
-DRAWINGS = [draw_density, draw_masks, draw_sparsity, draw_blocks, draw_loss]
+DRAWINGS = [draw_density, draw_masks, draw_sparsity, draw_blocks, draw_loss, draw_sensitivity]
 
 
 @pytest.mark.parametrize("draw", DRAWINGS)
