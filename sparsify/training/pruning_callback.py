@@ -66,7 +66,7 @@ class PruningCallback(TrainerCallback):
             self.pruner.begin(self.layers, self.budget, progress)
             self._mask(kwargs["model"], progress)
             if state.global_step:
-                self._restore_hidden(_checkpoint(args, state))
+                self._restore_hidden(_checkpoint(args, state), kwargs["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,15 +125,18 @@ class PruningCallback(TrainerCallback):
             mask_model(model, masks)
 
     @torch.no_grad()
-    def _restore_hidden(self, folder: Path) -> None:
+    def _restore_hidden(self, folder: Path, model: nn.Module) -> None:
         """Puts back what the checkpoint's ordinary files hold zeros for."""
         if (folder / HIDDEN_FILE).is_file():
             from safetensors.torch import load_file
 
-            saved = load_file(folder / HIDDEN_FILE)
+            saved, masks = load_file(folder / HIDDEN_FILE), current_masks(model)
             for layer in self.layers:
                 if layer.name in saved:
-                    layer.weight.add_(saved[layer.name].to(layer.weight.device))
+                    weight, keep = layer.weight, masks[layer.name].elements()
+                    weight.copy_(
+                        torch.where(keep.to(weight.device), weight, saved[layer.name].to(weight.device))
+                    )
 
     def _progress(self, step: int, state: TrainerState) -> float:
         return min(step / max(1, round(self.until * state.max_steps)), 1.0)

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from sparsify.allocation import Budget
 from sparsify.blocks import BlockShape
+from sparsify.checkpoint.conversions import own_names
 from sparsify.errors import ConfigError
 from sparsify.masking import current_masks, mask_model, unmask
 from sparsify.pruner import PrunableLayer, Pruner, create_pruner
@@ -102,6 +103,48 @@ def test_a_resumed_run_ends_with_the_same_masks_and_weights_bit_for_bit(
         assert torch.equal(mask.keep, again.masks[name].keep), name
     first, second = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+TINY = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+OTHERS = {
+    "conv1d": lambda: transformers.GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=16),
+    "experts": lambda: transformers.MixtralConfig(
+        **TINY, intermediate_size=40, num_key_value_heads=2, num_local_experts=4
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("pruner", ["movement", "prune_and_grow"])
+def test_masks_that_change_reach_layers_of_every_kind_and_hide_weights_that_a_resume_restores(
+    tmp_path: Path, pruner: str, kind: str
+):
+    hidden = {}
+
+    class Look(PruningCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 4:
+                hidden[len(hidden)] = [layer.weight.clone() for layer in self.layers]
+                for mask in current_masks(kwargs["model"]).values():
+                    assert mask.block == BLOCK
+
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            super().on_train_begin(args, state, control, **kwargs)
+            if state.global_step == 4:
+                hidden[len(hidden)] = [layer.weight.clone() for layer in self.layers]
+
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        model = transformers.AutoModelForCausalLM.from_config(OTHERS[kind]())
+        layers = select(model, BLOCK).layers
+        callback = Look(create_pruner(pruner), layers, Budget(0.6), 0.75)
+        with own_names(model):  # as a finetune stage does, or the Trainer finds no experts in its checkpoint
+            make_trainer(model, tmp_path, callback).train(resume_from_checkpoint=resume)
+        elements = sum(layer.weight.numel() for layer in layers)
+        kept = sum(mask.elements_kept for mask in unmask(model).values())
+        assert abs(kept - 0.4 * elements) <= BLOCK.numel / 2
+    assert len(hidden) == 2
+    for before, after in zip(hidden[0], hidden[1], strict=True):
+        assert torch.equal(before, after)
 
 
 def test_the_budget_is_met_at_the_end_of_the_phase_and_held_to_the_end_of_training(tmp_path: Path):
