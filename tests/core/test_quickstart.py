@@ -105,7 +105,7 @@ def test_from_any_folder_to_a_table_and_a_line_of_text(tmp_path):
         "held-out perplexity",
         "latency, 256 tokens",
         str(out / "recovered"),
-        "The function returns",
+        "If the file",
     ):
         assert text in done.stdout
     for name in ("masks.png", "loss.png", "recovered/sparsify_report.json", "recovered/tokenizer.json"):
