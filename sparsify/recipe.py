@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from sparsify import data as data_files
+from sparsify.allocation import Budget
 from sparsify.blocks import BlockShape
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.recipe_faults import Fault, check_trainer_arguments, describe, from_pydantic, order_faults
@@ -160,6 +161,7 @@ class Pruning(Strict):
             )
         if self.scope != "sensitivity" and self.sensitivity is not None:
             raise ValueError(f"the file in `sensitivity` is for the scope sensitivity, not for {self.scope}")
+        Budget(self.sparsity, self.scope, self.floor, self.ceiling, {})
         return self
 
 
