@@ -20,8 +20,14 @@ share of the output lost for each element saved.
 
     W'_S = W H_:S (H_SS)^-1
 
-which is what the updates above add up to. Removing the blocks of a row all together, and not in order as SparseGPT
-(Frantar & Alistarh 2023) does, costs one Cholesky factorisation for each block row, and leaves no error of order.
+which is what the updates above add up to. Layers are adjusted one after the other, to the inputs `X` that the pruned
+layers before them give. There the output to come near is that of the dense model, whose layer has the inputs `D`:
+
+    W'_S = W C_:S (H_SS)^-1                           C = D^T X / tokens
+
+so that each layer also makes up for what the ones before it have lost. Removing the blocks of a row all together, and
+not in order as SparseGPT (Frantar & Alistarh 2023) does, costs one Cholesky factorisation for each block row, and
+leaves no error of order.
 
 `H` is dampened by `damping` times its mean diagonal, more where that is not enough to invert it. Inverse and solution
 are float64; the emptying of rows, a K x K matrix at a time, is float32.
@@ -72,6 +78,11 @@ class BlockOBS(Pruner):
         """Whether kept weights are adjusted."""
         return self.update
 
+    @property
+    def compares(self) -> bool:
+        """Whether what the layer put out in the dense model is wanted, for which `cross` is needed."""
+        return self.update
+
     def score(self, layer: PrunableLayer) -> Tensor:
         """Relative output error for each element that removing a block saves, `(R, C)` float32.
 
@@ -104,6 +115,8 @@ class BlockOBS(Pruner):
         hessian, _ = self._hessian(layer)
         weight = _finite_weight(layer, hessian)
         wanted = weight @ hessian
+        if "cross" in layer.statistics:  # the dampened one, as the Hessian is
+            wanted += weight @ (layer.statistics["cross"] - layer.statistics["hessian"]).to(hessian)
         widths = block_sizes(layer.shape, layer.block)[0] // min(layer.block.rows, layer.shape[0])
         for rows, part, keep in zip(
             weight.split(layer.block.rows), wanted.split(layer.block.rows), mask.keep.cpu(), strict=True

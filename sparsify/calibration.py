@@ -81,7 +81,7 @@ def showing(
         layers: The layers to show.
         pruner: Who is shown.
         share: Let linear layers that are called with the very same tensor have the very same statistics, collected
-            and stored once, where they are those that `Pruner.calibrate` collects by itself.
+            and stored once; for a pruner whose `calibrate` only adds to them.
 
     Yields:
         A list to put the padding masks of each batch into before it runs.
@@ -94,7 +94,6 @@ def showing(
         modules.setdefault(layer.module_name, []).append(layer)
     masks: list[Tensor] = []
     reached: set[str] = set()
-    shares = share and type(pruner).calibrate is Pruner.calibrate
     leader: list[Any] = [None, None]  # the tensor shown last, and the layer it was shown for
 
     def hook(module_name: str) -> Callable[..., None]:
@@ -104,7 +103,7 @@ def showing(
             inputs = [*args, *kwargs.values()]
             if own[0].index is not None:
                 _show_experts(module, own, pruner, inputs, masks)
-            elif shares and inputs[0] is leader[0] and _follows(own[0], leader[1], module_name in reached):
+            elif share and inputs[0] is leader[0] and _follows(own[0], leader[1]):
                 own[0].statistics.update(leader[1].statistics)
             else:
                 _show_linear(module, own, pruner, inputs, masks)
@@ -130,11 +129,12 @@ def showing(
         )
 
 
-def _follows(layer: PrunableLayer, leader: PrunableLayer, reached: bool) -> bool:
-    """Whether a layer has the same statistics as `leader` up to here: the same tensors, or none yet on both sides."""
-    if reached:
-        return layer.statistics.get("tokens") is leader.statistics.get("tokens")
-    return "tokens" not in layer.statistics
+def _follows(layer: PrunableLayer, leader: PrunableLayer) -> bool:
+    """Whether a layer has the same statistics as `leader` up to here: the very same, or none yet."""
+    if layer is leader:  # called twice with the same tensor
+        return False
+    tokens = layer.statistics.get("tokens")
+    return tokens is None or tokens is leader.statistics.get("tokens")
 
 
 def _show_linear(

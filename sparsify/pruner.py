@@ -108,6 +108,16 @@ class Pruner(ABC):
         """Whether `update_weights` does anything; by default, whether the class defines it."""
         return type(self).update_weights is not Pruner.update_weights
 
+    @property
+    def compares(self) -> bool:
+        """Whether `update_weights` reads the statistic `cross`; by default not.
+
+        `cross` `(K, K)` float32 is `D^T X / tokens`, with `D` the layer's inputs in the dense model and `X` those that
+        the pruned layers before it give. Only `update_weights` gets it, in a walk with calibration data, and not for
+        fused experts.
+        """
+        return False
+
     @abstractmethod
     def score(self, layer: PrunableLayer) -> Tensor:
         """Importance of each block.

@@ -130,6 +130,7 @@ def _update(
     """The second walk: adjusts and zeroes the weights of one block after the other."""
     by_name = {layer.name: layer for layer in walk.layers}
     with progress.task("adjusting weights", len(walk.names)) as advance:
+        walk.compares = pruner.compares
         for block in walk:
             done = cache.read(f"{key}/{block.name or 'model'}") if cache is not None else None
             for group in block.groups() if done is None else ():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -60,6 +60,10 @@ class Walk:
         layers: The layers of interest; blocks without any are only run.
         batches: Keyword arguments of the model's forward pass.
         device: Where to compute, and where a model that is elsewhere is brought block by block.
+
+    Attributes:
+        compares: Whether a second stream of activations goes along: those of the model as it was. Then layers also
+            get the statistic `cross`.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Walk:
         batches: Sequence[Batch],
         device: torch.device | str | None = None,
     ) -> None:
+        self.compares = False
         self.model, self.layers, self.batches = model, list(layers), batches
         home = next(model.parameters()).device
         self.device = torch.device(home if device is None else device)
@@ -112,19 +117,21 @@ class Walk:
             chain = self._places[start:end]
             recorded = self._record([place.name for place in chain])
             outputs: list[Tensor] = []
+            dense_outputs: list[Tensor] = []
             for place, calls in zip(chain, recorded, strict=True):
-                for call, output in zip(calls, outputs, strict=False):
-                    if isinstance(place.slot, int):
-                        call.args[place.slot] = output
-                    elif place.slot is not None:
-                        call.kwargs[place.slot] = output
+                dense_calls = [_Call(list(c.args), dict(c.kwargs), c.masks) for c in calls if self.compares]
+                _feed(calls, place.slot, outputs)
+                _feed(dense_calls, place.slot, dense_outputs)
                 block = Block(place.name, self.model.get_submodule(place.name), place.layers, calls, self)
-                del outputs, calls
+                del outputs, calls, dense_outputs
                 self._hold(place.name)
+                if self.compares and place.name:
+                    block.keep_dense(dense_calls)
+                del dense_calls
                 yield block
                 self._hold("")
-                outputs = block.outputs
-                block.calls, block.outputs = [], []
+                outputs, dense_outputs = block.outputs, block.dense_outputs
+                block.calls, block.outputs, block.dense_calls, block.dense_outputs = [], [], [], []
             start = end
 
     def _discover(self, blocks: dict[str, list[PrunableLayer]]) -> list[_Place]:
@@ -241,6 +248,9 @@ class Block:
         calls: Its inputs, one call for each batch.
         walk: The walk.
         outputs: Its outputs once it has been run for the last time.
+        dense_calls: Its inputs in the dense model, where the walk compares.
+        dense_outputs: Its outputs there.
+        dense_weights: Its parameters there, as far as they change.
     """
 
     name: str
@@ -249,6 +259,17 @@ class Block:
     calls: list[_Call]
     walk: Walk
     outputs: list[Tensor] = field(default_factory=list)
+    dense_calls: list[_Call] = field(default_factory=list)
+    dense_outputs: list[Tensor] = field(default_factory=list)
+    dense_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def keep_dense(self, calls: list[_Call]) -> None:
+        """Keeps what the block is before it is pruned, and its inputs in the dense model."""
+        owned = {id(layer.parameter) for layer in self.layers}
+        self.dense_calls = calls
+        self.dense_weights = {
+            n: p.detach().clone() for n, p in self.module.named_parameters() if id(p) in owned
+        }
 
     def groups(self) -> list[list[PrunableLayer]]:
         """Its layers in the order in which they run; those that are called with the same tensor together.
@@ -309,27 +330,84 @@ class Block:
         if whole and pruner is None:
             return
         outputs: list[Tensor] = []
+        dense_outputs: list[Tensor] = []
         with ExitStack() as stack:
             masks: list[Tensor] = []
-            if pruner is not None and layers:
-                masks = stack.enter_context(showing(self.walk.model, layers, pruner, share=True))
+            shown = _Both(pruner) if self.dense_calls and pruner is not None else pruner
+            if pruner is not None and shown is not None and layers:
+                share = type(pruner).calibrate is Pruner.calibrate
+                masks = stack.enter_context(showing(self.walk.model, layers, shown, share))
             for index, call in enumerate(self.calls):
                 masks[:] = call.masks
+                if self.dense_calls:
+                    with shown.looking_at_dense() if isinstance(shown, _Both) else nullcontext():
+                        output = self._run(self.dense_calls[index], dense=True)
+                    if keep:
+                        dense_outputs.append(output.to(self.walk.store))
+                        self.dense_calls[index] = _Call([], {}, [])
                 output = self._run(call)
                 if keep and not whole:
                     outputs.append(output.to(self.walk.store))
                     self.calls[index] = _Call([], {}, [])  # its memory is free for the next output
         if keep:
-            self.outputs = outputs
+            self.outputs, self.dense_outputs = outputs, dense_outputs
 
-    def _run(self, call: _Call) -> Tensor:
+    def _run(self, call: _Call, dense: bool = False) -> Tensor:
         def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(self.walk.device)
             return type(value)(map(moved, value)) if type(value) in (tuple, list) else value
 
-        output = self.module(*map(moved, call.args), **{k: moved(v) for k, v in call.kwargs.items()})
+        args, kwargs = tuple(map(moved, call.args)), {k: moved(v) for k, v in call.kwargs.items()}
+        if dense:
+            output = torch.func.functional_call(self.module, self.dense_weights, args, kwargs)
+        else:
+            output = self.module(*args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+class _Both(Pruner):
+    """Shows a pruner each layer's inputs, and adds the statistic `cross` of them and those in the dense model."""
+
+    def __init__(self, pruner: Pruner) -> None:
+        self.pruner, self.dense = pruner, False
+        self.seen: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+
+    @contextmanager
+    def looking_at_dense(self) -> Iterator[None]:
+        """While it is open, what comes in is of the dense model, and is only remembered."""
+        self.dense = True
+        try:
+            yield
+        finally:
+            self.dense = False
+
+    def score(self, layer: PrunableLayer) -> Tensor:
+        return self.pruner.score(layer)
+
+    def calibrate(self, layer: PrunableLayer, inputs: Tensor) -> None:
+        if self.dense:
+            self.seen[layer.name] = inputs
+            return
+        dense = self.seen.pop(layer.name)
+        self.tokens[layer.name] = seen = self.tokens.get(layer.name, 0) + len(inputs)
+        self.pruner.calibrate(layer, inputs)
+        # Experts see other tokens in one model than in the other.
+        if layer.index is None:
+            size = inputs.shape[1]
+            cross = layer.statistics.setdefault("cross", inputs.new_zeros(size, size, dtype=torch.float32))
+            total = dense.float().t() @ inputs.float()
+            cross.add_((total - len(inputs) * cross) / max(1, seen))
+
+
+def _feed(calls: list[_Call], slot: int | str | None, outputs: list[Tensor]) -> None:
+    """Puts the outputs of the block before into the calls."""
+    for call, output in zip(calls, outputs, strict=False):
+        if isinstance(slot, int):
+            call.args[slot] = output
+        elif slot is not None:
+            call.kwargs[slot] = output
 
 
 def _recorder(

@@ -347,3 +347,33 @@ def test_bad_calibration_is_named():
     model.model.extra = nn.ModuleList([nn.Linear(32, 32)])
     with pytest.raises(PrunerError, match=r"layer model.extra.0 saw no calibration input"):
         prune_in_walks(model, pruner, select(model, BLOCK).layers, Budget(0.5), batches(llama))
+
+
+class Comparing(Recorder):
+    """Keeps for the test what `update_weights` gets to see, and scales what is kept."""
+
+    compares = True
+
+    def __init__(self) -> None:
+        self.cross: dict[str, Tensor] = {}
+
+    def update_weights(self, layer: PrunableLayer, mask: BlockMask) -> None:
+        if layer.index is None:
+            self.cross[layer.name] = layer.statistics["cross"]
+        layer.weight.mul_(0.5)
+
+
+@pytest.mark.parametrize("make", [llama, bert, gemma, mixtral], ids=["llama", "bert", "gemma", "mixtral"])
+def test_cross_pairs_the_dense_models_inputs_with_those_of_the_pruned_one(make):
+    model, data = make().eval(), batches(make)
+    before = select(model, BLOCK).layers
+    collect_statistics(model, before, Recorder(), data)
+    pruner = Comparing()
+    prune_in_walks(model, pruner, select(model, BLOCK).layers, Budget(0.5, "layer"), data)
+    after = select(model, BLOCK).layers
+    collect_statistics(model, after, Recorder(), data)
+    for one, other in zip(before, after, strict=True):
+        if one.index is None:
+            dense, pruned = one.statistics["seen"], other.statistics["seen"]
+            expected = dense.t() @ pruned / len(dense)
+            torch.testing.assert_close(pruner.cross[one.name], expected, msg=one.name)

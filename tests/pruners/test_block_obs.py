@@ -106,6 +106,17 @@ def test_kept_weights_are_the_best_there_are(shape, block, transposed):
         torch.testing.assert_close(layer.weight[row].double(), expected[0], rtol=1e-3, atol=1e-3)
 
 
+def test_outputs_of_the_dense_model_are_aimed_at_where_its_inputs_are_known():
+    layer, inputs = make_layer((16, 32), (8, 8))
+    before = inputs + 0.5 * inputs_of(32)  # what came in before the layers in front were pruned
+    layer.statistics["cross"] = before.t() @ inputs / len(inputs)
+    dense, mask = layer.weight.clone(), BlockMask(torch.eye(2, 4) == 0, (16, 32), BlockShape(8, 8))
+    create_pruner("block_obs", damping=TINY).update_weights(layer, mask)
+    for row in range(16):
+        expected = least_squares(inputs, before @ dense[row : row + 1].t(), mask.elements()[row])[0]
+        torch.testing.assert_close(layer.weight[row].double(), expected[0], rtol=1e-3, atol=1e-3)
+
+
 def test_each_step_of_the_method_lowers_the_error():
     """Update beats no update, and errors estimated anew beat errors estimated once."""
     layer, inputs = make_layer((32, 128), (8, 8), 1000)
