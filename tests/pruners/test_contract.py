@@ -70,7 +70,9 @@ def test_a_custom_pruner_is_a_class_of_fifteen_lines_that_sees_weight_name_and_s
     score = pruner.score(other)
     assert score.shape == (2, 3) and torch.equal(score[:, 2] > score[:, 0], torch.tensor([True, True]))
     torch.testing.assert_close(pruner.score(layer), 10.0 * score)
-    masks = Budget(0.5, floor=0.0).masks({one.name: pruner.score(one) for one in (layer, other)}, [layer, other])
+    masks = Budget(0.5, floor=0.0).masks(
+        {one.name: pruner.score(one) for one in (layer, other)}, [layer, other]
+    )
     assert masks["layers.0.up"].density == 1.0 and masks["layers.1.up"].density == 0.0
 
 
