@@ -65,9 +65,7 @@ def prune(
         ),
     ] = "auto",
     force: options.Force = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     device: options.Device = "auto",
