@@ -238,7 +238,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"Magnitude (root mean square of a block), {report['sparsity']:.0%} of the weights of the transformer blocks' "
         "linear layers removed at once, no training after it. `global` ranks the blocks of all layers together "
         "without a floor, `layer` removes the same share of each. Blocks of 1x1 are unstructured pruning, for scale: "
-        "nothing gets smaller or faster by it. These numbers are the baseline that calibration, search and recovery start from.",
+        "nothing gets smaller or faster by it. These numbers are the baseline that calibration, search and recovery "
+        "start from.",
         "",
         f"    {report['command']}",
         "",
