@@ -51,7 +51,8 @@ def test_the_density_is_exact_and_no_row_or_column_is_empty_where_that_is_possib
 @given(shape=st.tuples(st.integers(1, 200), st.integers(1, 200)), sparsity=st.floats(0.0, 0.999))
 def test_edge_blocks_count_with_their_own_elements(pattern, shape, sparsity):
     mask = pattern_mask(pattern, shape, BLOCK, sparsity)
-    assert abs(mask.elements_kept - (1 - sparsity) * shape[0] * shape[1]) <= BLOCK.numel / 2
+    # Half a block, and what the product of shares loses to rounding.
+    assert abs(mask.elements_kept - (1 - sparsity) * shape[0] * shape[1]) <= BLOCK.numel / 2 + 1e-6
 
 
 @patterns
