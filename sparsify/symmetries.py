@@ -144,9 +144,7 @@ def _alone(module: nn.Module, names: list[str]) -> bool:
     known = {id(parameter) for name in names for parameter in module.get_submodule(name).parameters()}
     for root in roots:
         for own, parameter in root.named_parameters():
-            if id(parameter) not in known and "norm" not in own.lower():
-                return False
-            if id(parameter) not in known and not inside:
+            if id(parameter) not in known and not (inside and "norm" in own.lower()):
                 return False
     return True
 

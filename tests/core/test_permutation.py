@@ -59,7 +59,7 @@ def test_grouped_queries_share_the_order_of_their_value_head():
     assert torch.equal(columns.sort().values, torch.arange(192))
 
 
-def planted(block: int = 8) -> Symmetry:
+def planted() -> Symmetry:
     """Strong units scattered among weak ones: every block of rows has some of both."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 32, generator=generator) * 0.01
