@@ -6,7 +6,7 @@ Everything here is also exported by the package itself (`sparsify.prune`, `spars
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsify.data import Source
+    from sparsify.permutation import Permuted
     from sparsify.pipeline import RunResult
     from sparsify.progress import Progress
     from sparsify.targets import KeptDense
@@ -37,10 +38,12 @@ class PruneResult:
     Attributes:
         masks: Mask of each pruned weight matrix by name, `keep` `(R, C)` bool on the CPU.
         kept_dense: Layers that stay dense, and why.
+        permuted: With `permute`, what each group of units gained by its new order; else empty.
     """
 
     masks: dict[str, BlockMask]
     kept_dense: list[KeptDense]
+    permuted: list[Permuted] = field(default_factory=list)
 
     @property
     def density(self) -> dict[str, float]:
@@ -75,6 +78,7 @@ def prune(
     floor: float | None = None,
     ceiling: float = 1.0,
     sensitivity: str | Path | None = None,
+    permute: bool = False,
     convert: bool = True,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     cache: str | Path | None = None,
@@ -98,6 +102,8 @@ def prune(
             mean density, so that no layer is emptied.
         ceiling: Largest density a single layer may get, 0 to 1, except under `layer` and `row`.
         sensitivity: For that scope, the file that `sparsify sensitivity` wrote.
+        permute: First put units that can change places in an order that concentrates strong weights into blocks (see
+            `sparsify.permute`); the function stays as it is.
         convert: Swap the layers for block-sparse ones at once. If false, removed blocks are zeros in dense weights,
             and training should hold them there (`sparsify.masking.mask_model(model, result.masks)`).
         calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
@@ -114,10 +120,12 @@ def prune(
         BlockShapeError: If the block shape is not supported.
         ConfigError: If another argument is wrong; all faults at once.
         TargetError: If a pattern matches nothing, or nothing can be pruned.
-        PrunerError: If the pruner is unknown, or a weight or score is not finite. The model is unchanged then.
+        PrunerError: If the pruner is unknown, or a weight or score is not finite. The model is unchanged then, but
+            for the order of units.
     """
     from sparsify.calibration import needs_calibration
     from sparsify.layers import swap
+    from sparsify.permutation import permute as reorder
     from sparsify.pruner import create_pruner
     from sparsify.sequential import prune_in_walks
     from sparsify.stages.prune import budget, prepare, prune_layers
@@ -136,9 +144,14 @@ def prune(
         sensitivity=None if sensitivity is None else str(sensitivity),
         targets=targets,
         ignore=ignore,
+        permute=permute,
     )
     limits = budget(settings)
     pruner, selection = prepare(model, settings, walks=calibration is not None)
+    permuted: list[Permuted] = []
+    if permute:
+        names = {layer.name for layer in selection.layers}
+        permuted = reorder(model, shape, sparsity, weights=names)
     if calibration is not None and needs_calibration(pruner):
         store = None if cache is None else WalkCache(cache)
         masks = prune_in_walks(
@@ -149,7 +162,7 @@ def prune(
     if convert:
         swap.convert(model, masks)
         _attach(model)
-    return PruneResult(masks, selection.dense)
+    return PruneResult(masks, selection.dense, permuted)
 
 
 def load(

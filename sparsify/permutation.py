@@ -10,13 +10,15 @@ channel permutation for 2:4 sparsity (Pool and Yu 2021), for blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockShape
+from sparsify.errors import ConfigError
+from sparsify.masking import current_masks
 from sparsify.progress import Progress
 from sparsify.symmetries import Axis, Symmetry, symmetries
 
@@ -47,9 +49,11 @@ def permute(
     sparsity: float,
     *,
     layers: Mapping[str, Tensor] | None = None,
+    weights: Collection[str] | None = None,
+    masked: Collection[str] = (),
     progress: Progress | None = None,
 ) -> list[Permuted]:
-    """Reorders the units of all free symmetries of a dense model, in place; its function does not change.
+    """Reorders the units of free symmetries of a dense model, in place; its function does not change.
 
     Args:
         model: A dense model.
@@ -57,22 +61,64 @@ def permute(
         sparsity: Share of the weights that will be removed, 0 to 1.
         layers: Mean square of each input feature `(K,)` by layer name, where importance should count how strongly a
             weight is used (Wanda, Sun et al. 2023); squared weights alone by default.
+        weights: Names of the weights that will be pruned, all by default. Only they count, and a symmetry that shows
+            in none of them is left alone.
+        masked: Names of weights with a mask that is not in their forward pass. Those whose mask is are known.
         progress: Shows how far it is.
 
     Returns:
         What was gained, for each symmetry.
+
+    Raises:
+        ConfigError: If a weight that would be reordered has a mask in force; nothing has changed then.
     """
     shape, progress = BlockShape.parse(block), progress or Progress()
-    found = symmetries(model)
+    found = [own for own in symmetries(model) if weights is None or _matrices(own, weights)]
+    fixed = {*masked, *current_masks(model)}
+    for symmetry in found:
+        for axis in symmetry.axes:
+            if axis.name in fixed:
+                raise ConfigError(
+                    f"cannot reorder the units of {symmetry.name}: {axis.name} is pruned already, and its mask would "
+                    f"no longer fit; order units when it is pruned for the first time"
+                )
     gained = []
     with progress.task("ordering units", len(found)) as advance:
         for symmetry in found:
-            order, before, after = best_order(symmetry, shape, sparsity, layers)
+            order, before, after = best_order(symmetry, shape, sparsity, layers, weights)
             if after > before:
                 symmetry.apply(order)
             gained.append(Permuted(symmetry.name, symmetry.units, before, max(before, after)))
             advance(text=symmetry.name)
     return gained
+
+
+def gain(permuted: Sequence[Permuted]) -> dict[str, float]:
+    """What an order gained over all symmetries, for a report.
+
+    Returns:
+        `symmetries` (how many), `moved` (in how many of them the order changed), `before` and `after` (mean over them
+        of the share of the squared weight in the blocks that the budget keeps, 0 to 1).
+    """
+    count = max(1, len(permuted))
+    return {
+        "symmetries": len(permuted),
+        "moved": sum(own.after > own.before for own in permuted),
+        "before": sum(own.before for own in permuted) / count,
+        "after": sum(own.after for own in permuted) / count,
+    }
+
+
+def in_words(gained: Mapping[str, float], sparsity: float) -> str:
+    """`gain` as one line."""
+    if not gained["symmetries"]:
+        return (
+            "permute: no units are known that could change places in what is pruned; the order stays as it is"
+        )
+    return (
+        f"permute: reordered {gained['moved']} of {gained['symmetries']} groups of units; at {sparsity:.0%} the blocks "
+        f"kept hold {gained['after']:.1%} of their squared weight, {gained['before']:.1%} before"
+    )
 
 
 class _View:
@@ -105,19 +151,25 @@ class _View:
 
 
 def best_order(
-    symmetry: Symmetry, block: BlockShape, sparsity: float, layers: Mapping[str, Tensor] | None = None
+    symmetry: Symmetry,
+    block: BlockShape,
+    sparsity: float,
+    layers: Mapping[str, Tensor] | None = None,
+    names: Collection[str] | None = None,
 ) -> tuple[Tensor, float, float]:
     """An order of a symmetry's units that keeps more of the squared weight under the budget.
+
+    `names` are the weights that count, all by default.
 
     Returns:
         `(units,)` the order, and the share kept before and after.
     """
     used = layers or {}
-    weights = [axis for axis in symmetry.axes if axis.tensor.dim() == 2]
+    weights = _matrices(symmetry, names)
     views = [_View(axis, block, used.get(axis.name) if axis.dim == 0 else None) for axis in weights]
     total = sum(float(view.importance.sum()) for view in views)
     units = torch.arange(symmetry.units, device=views[0].importance.device)
-    if total == 0 or all(view.groups == 1 for view in views):
+    if total == 0:
         return units, 1.0, 1.0
 
     def kept(order: Tensor) -> tuple[float, list[Tensor]]:
@@ -129,6 +181,8 @@ def best_order(
         return sum(float(own[mask].sum()) for own, mask in zip(sums, masks, strict=True)) / total, masks
 
     before, masks = kept(units)
+    if all(view.groups == 1 for view in views):
+        return units, before, before
     best, best_order = before, units
     by_importance = torch.stack([view.importance.sum(1) for view in views]).sum(0).argsort(descending=True)
     share, other_masks = kept(by_importance)
@@ -141,6 +195,13 @@ def best_order(
             break
         best, best_order = share, order
     return best_order, before, best
+
+
+def _matrices(symmetry: Symmetry, names: Collection[str] | None) -> list[Axis]:
+    """The weights that a symmetry shows in, without biases; of these names only."""
+    return [
+        axis for axis in symmetry.axes if axis.tensor.dim() == 2 and (names is None or axis.name in names)
+    ]
 
 
 def _assign(views: Sequence[_View], masks: Sequence[Tensor], units: int) -> Tensor:

@@ -170,7 +170,7 @@ class _Run:
         if recipe.out is not None:
             # Beside the output, and not in it, so that another run finds it.
             state.cache = WalkCache(Path(recipe.out).expanduser().resolve().with_name(SCORES_FOLDER))
-        for key in ("columns", "history", "notes", "choices", "trained", "slower"):
+        for key in ("columns", "history", "notes", "choices", "trained", "slower", "permuted"):
             if key in saved:
                 setattr(state, key, saved[key])
         state.kept_dense = [
@@ -226,6 +226,7 @@ class _Run:
             "trained": state.trained,
             "kept_dense": [asdict(kept) for kept in state.kept_dense],
             "slower": state.slower,
+            "permuted": state.permuted,
         }
         self.work.write(self.saved)
 

@@ -242,7 +242,9 @@ def describe(stage: Any) -> str:
 
 
 def _pruning(settings: Pruning) -> str:
-    return f"{settings.method}, {settings.sparsity:.0%} in blocks of {settings.block}, scope {settings.scope}"
+    order = ", units reordered first" if settings.permute else ""
+    blocks = f"{settings.sparsity:.0%} in blocks of {settings.block}"
+    return f"{settings.method}, {blocks}, scope {settings.scope}{order}"
 
 
 def _packs(stage: Any) -> bool:
@@ -269,7 +271,8 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.dev
     all_packed = any(getattr(stage, "dense_where_slower", "") == "never" for stage in recipe.stages)
     saved: dict[str, int] = {}
     notes: dict[str, None] = {}
-    for stage in recipe.stages:
+    pruned: dict[str, int] = {}
+    for index, stage in enumerate(recipe.stages):
         settings = stage if isinstance(stage, PruneStage) else getattr(stage, "pruner", None)
         if settings is None:
             continue
@@ -279,6 +282,13 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.dev
         plan.layers = [
             PlannedLayer(layer.name, layer.shape, str(layer.block), layer.grid) for layer in selection.layers
         ]
+        again = {layer.name for layer in selection.layers} & pruned.keys()
+        if settings.permute and again:
+            raise ConfigError(
+                f"stage {index} cannot reorder units: {min(again)} is pruned by stage {pruned[min(again)]} already; "
+                f"move permute to that stage"
+            )
+        pruned |= {layer.name: index for layer in selection.layers}
         plan.kept_dense = selection.dense
         plan.sparsity, plan.scope = settings.sparsity, settings.scope
         if not packs:

@@ -125,6 +125,8 @@ class Pruning(Strict):
         sensitivity: For that scope, the file that `sparsify sensitivity` wrote.
         targets: Exact module names, `re:` patterns or class names; every layer of the model's blocks when left out.
         ignore: Layers to leave dense, named in the same three ways.
+        permute: First put units that can change places (hidden units, value dimensions of heads) in an order that
+            concentrates strong weights into blocks; the function stays as it is.
     """
 
     method: str = "magnitude"
@@ -137,6 +139,7 @@ class Pruning(Strict):
     sensitivity: str | None = None
     targets: Patterns | None = None
     ignore: Patterns | None = None
+    permute: bool = False
 
     @field_validator("method")
     @classmethod

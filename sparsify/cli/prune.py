@@ -53,6 +53,9 @@ def prune(
         list[str] | None,
         typer.Option("--option", help="Option of the pruner; may be repeated.", metavar="KEY=VALUE"),
     ] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", help="First reorder units so that strong weights share blocks.")
+    ] = False,
     data: Annotated[
         str | None, typer.Option("--data", help="Calibration data, for pruners that look at layer inputs.")
     ] = None,
@@ -86,6 +89,7 @@ def prune(
         "ceiling": ceiling,
         "targets": target or None,
         "ignore": ignore or None,
+        "permute": permute,
     }
     recipe = Recipe.oneshot(
         pruning,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsify.calibration import collect_statistics, needs_calibration
 from sparsify.recipe import CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
-from sparsify.stages.prune import make_pruner
+from sparsify.stages.prune import make_pruner, order_units
 from sparsify.stages.state import State
 from sparsify.targets import select
 from sparsify.training.samples import Samples, load_samples
@@ -16,7 +16,7 @@ from sparsify.training.samples import Samples, load_samples
 
 def run(stage: CalibrateStage, state: State) -> None:
     """Reads calibration samples; if the next pruner works during training, keeps what it wants to know of them."""
-    settings = next_pruning(state.recipe, state.index)
+    index, settings = next_pruning(state.recipe, state.index)
     pruner = make_pruner(settings)
     if not needs_calibration(pruner):
         state.note(f"calibrate: pruner {settings.method!r} asks for no statistics, nothing to do")
@@ -31,6 +31,9 @@ def run(stage: CalibrateStage, state: State) -> None:
         state.calibration = [batch_of(samples, part) for part in rows]
         return
     layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
+    order_units(
+        settings, state, layers, index
+    )  # now: statistics are of inputs in the order that will be pruned
     with state.progress.task("calibrating", count) as advance:
 
         def batches() -> Iterator[dict[str, Tensor]]:
@@ -42,13 +45,13 @@ def run(stage: CalibrateStage, state: State) -> None:
     state.statistics = {layer.name: layer.statistics for layer in layers}
 
 
-def next_pruning(recipe: Recipe, index: int) -> Pruning:
-    """Settings of the first pruning after stage `index`; the schema has made sure that there is one."""
-    for stage in recipe.stages[index + 1 :]:
+def next_pruning(recipe: Recipe, index: int) -> tuple[int, Pruning]:
+    """Stage and settings of the first pruning after stage `index`; the schema has made sure that there is one."""
+    for later, stage in enumerate(recipe.stages[index + 1 :], index + 1):
         if isinstance(stage, PruneStage):
-            return stage
+            return later, stage
         if isinstance(stage, FinetuneStage) and stage.pruner is not None:
-            return stage.pruner
+            return later, stage.pruner
     raise AssertionError("a calibrate stage without a pruning after it passed validation")
 
 

@@ -7,7 +7,7 @@ from sparsify.layers.swap import sparse_modules
 from sparsify.recipe import ConvertStage, FinetuneStage
 from sparsify.stages.convert import choose, pack
 from sparsify.stages.heal_choice import faster_form
-from sparsify.stages.prune import budget, prepare
+from sparsify.stages.prune import budget, order_units, prepare
 from sparsify.stages.state import State
 from sparsify.training.finetune import train
 from sparsify.training.pruning_callback import PruningCallback
@@ -32,6 +32,7 @@ def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:
     settings = stage.pruner
     assert settings is not None
     pruner, selection = prepare(state.model, settings, state.statistics)
+    order_units(settings, state, selection.layers, state.index)
     state.keep()
     searched = {layer.name for layer in selection.layers}
     fixed = {name: mask for name, mask in state.dense_masks.items() if name not in searched}

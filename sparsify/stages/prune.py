@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from sparsify.blocks import BlockMask, BlockShape
 from sparsify.calibration import needs_calibration
 from sparsify.errors import ConfigError
 from sparsify.layers.kinds import matrices
+from sparsify.permutation import gain, in_words, permute
 from sparsify.progress import Progress
 from sparsify.pruner import PrunableLayer, Pruner, create_pruner
 from sparsify.recipe import PruneStage, Pruning
@@ -26,6 +27,7 @@ def run(stage: PruneStage, state: State) -> None:
     """Prunes the model as it stands, with what an earlier calibration stage read or collected."""
     batches = state.calibration
     pruner, selection = prepare(state.model, stage, state.statistics, walks=batches is not None)
+    order_units(stage, state, selection.layers, state.index)
     # Masks alone describe what happened, unless the kept weights change or zeros of earlier masks come back.
     state.changed |= pruner.compensates or bool(state.masks)
     limits = budget(stage)
@@ -44,6 +46,29 @@ def run(stage: PruneStage, state: State) -> None:
         masks = prune_layers(pruner, selection.layers, limits, state.progress)
     state.prune(masks, selection.dense)
     state.trained = False
+
+
+def order_units(settings: Pruning, state: State, layers: Sequence[PrunableLayer], index: int) -> None:
+    """Reorders units before the pruning of stage `index`, if its settings ask for that and it is not done yet.
+
+    Raises:
+        ConfigError: If a weight that would be reordered is pruned already.
+    """
+    if not settings.permute or any(done["stage"] == index for done in state.permuted):
+        return
+    names = {layer.name for layer in layers}
+    permuted = permute(
+        state.model,
+        settings.block,
+        settings.sparsity,
+        weights=names,
+        masked=state.dense_masks.keys(),
+        progress=state.progress,
+    )
+    gained = gain(permuted)
+    state.permuted.append({"stage": index, **gained})
+    state.changed |= bool(gained["moved"])
+    state.note(in_words(gained, settings.sparsity))
 
 
 def budget(settings: Pruning) -> Budget:

@@ -27,8 +27,8 @@ def build(state: State) -> dict[str, Any]:
     Returns:
         `sparsify` (version), `environment`, `recipe`, `layers` (shape, block, blocks, density, and bytes of the
         weight stored and dense), `kept_dense` (with reasons), `slower` (those of them that were pruned and would run
-        slower block-sparse), `totals`, `columns` (see `evaluate_models`),
-        `history` (losses of each finetune stage) and `notes`.
+        slower block-sparse), `totals`, `permuted` (what reordering units gained, see `sparsify.permutation.gain`),
+        `columns` (see `evaluate_models`), `history` (losses of each finetune stage) and `notes`.
     """
     element_size = state.model.dtype.itemsize
     dense = state.dense_masks
@@ -46,6 +46,7 @@ def build(state: State) -> dict[str, Any]:
         ],
         "slower": state.slower,
         "totals": totals(state.masks),
+        "permuted": state.permuted,
         "columns": state.columns,
         "history": state.history,
         "notes": state.notes,

@@ -36,6 +36,7 @@ class State:
         statistics: Calibration statistics, by layer name, for a pruner that works while the model is trained.
         calibration: Batches for a pruner that works at once, and walks through the model with them.
         cache: What such a walk stores.
+        permuted: What reordering units gained, `{"stage": index, ...}` (see `sparsify.permutation.gain`).
         columns: Measurements by label, in order.
         history: Loss histories: `{"stage": index, "points": [...]}`.
         notes: What `auto` chose, in words.
@@ -61,6 +62,7 @@ class State:
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     calibration: list[dict[str, Tensor]] | None = None
     cache: WalkCache | None = None
+    permuted: list[dict[str, Any]] = field(default_factory=list)
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
