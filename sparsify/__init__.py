@@ -49,6 +49,7 @@ _EXPORTS = {
     "Pruner": "sparsify.pruner",
     "Recipe": "sparsify.recipe",
     "SparsifyError": "sparsify.errors",
+    "apply": "sparsify.api",
     "densify": "sparsify.api",
     "fuse": "sparsify.layers.fusion",
     "load": "sparsify.api",
@@ -57,12 +58,13 @@ _EXPORTS = {
     "prune": "sparsify.api",
     "run": "sparsify.api",
     "save": "sparsify.api",
+    "score": "sparsify.api",
     "unfuse": "sparsify.layers.fusion",
 }
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
-    from sparsify.api import densify, load, prune, run, save
+    from sparsify.api import apply, densify, load, prune, run, save, score
     from sparsify.blocks import BlockMask, BlockShape
     from sparsify.errors import SparsifyError
     from sparsify.layers.experts import BlockSparseExperts

@@ -7,8 +7,9 @@ the elements removed come nearest to the target. What differs is the order and h
 - `row`: the same, but the lowest block of every block row goes before the second lowest of any row, so that
   all block rows of a layer keep the same number of blocks, give or take one.
 - `global`: all layers in one order; a floor and a ceiling bound the density that any single layer ends with.
-- `erdos_renyi`, `outlier`, `sensitivity`: each layer has a density of its own (`sparsify.shares`), within the same
-  bounds, and loses its lowest scores; of the blocks that these densities cut in two, those go that are to lose most.
+- `erdos_renyi`, `outlier`, `sensitivity`, and functions (`sparsify.scopes`): each layer has a density of its own
+  (`sparsify.shares`), within the same bounds, and loses its lowest scores; of the blocks that these densities cut in
+  two, those go that are to lose most.
 
 Where the floor is above zero the best block of a layer is the last to go. Equal scores are removed in the order of
 layer, block row, block column.
@@ -23,12 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify import shares
+from sparsify import scopes, shares
 from sparsify.blocks import BlockMask, block_sizes
 from sparsify.errors import ConfigError, PrunerError
 from sparsify.pruner import PrunableLayer
 
-SCOPES = ("layer", "row", "global", "erdos_renyi", "outlier", "sensitivity")
+SCOPES = scopes.BUILT_IN
 # Without a floor of its own a budget lets no layer fall below this share of the mean density; chosen by measurement,
 # see docs/decisions/0008-allocation-floor.md.
 FLOOR_SHARE = 0.3
@@ -42,7 +43,7 @@ class Budget:
 
     Attributes:
         sparsity: Share of the elements to remove, at least 0 and below 1.
-        scope: One of `SCOPES`; see the module's docstring.
+        scope: One of `SCOPES`, see the module's docstring; or a function or its name, see `sparsify.scopes`.
         floor: Lowest density a single layer may end with, 0 to 1; `None` for `FLOOR_SHARE` of the mean density.
         ceiling: Highest density a single layer may end with, 0 to 1.
         curves: For the scope `"sensitivity"`, the loss increase by sparsity of each layer by name.
@@ -52,14 +53,13 @@ class Budget:
     """
 
     sparsity: float
-    scope: str = "global"
+    scope: scopes.Scope = "global"
     floor: float | None = None
     ceiling: float = 1.0
     curves: Mapping[str, shares.Curve] | None = None
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise ConfigError(f"scope {self.scope!r} is unknown: choose one of {', '.join(SCOPES)}")
+        scopes.function_of(self.scope)
         if not 0.0 <= self.sparsity < 1.0:
             raise ConfigError(f"sparsity {self.sparsity} is out of range: it must be at least 0 and below 1")
         for name, value in (("floor", self.floor), ("ceiling", self.ceiling)):
@@ -93,12 +93,34 @@ class Budget:
             scores, layers, self.sparsity, self.scope, self.floor, self.ceiling, curves=self.curves
         )
 
-    def densities(self, layers: Sequence[PrunableLayer]) -> list[float]:
-        """The density that each layer should end with, 0 to 1, for the scopes that give each its own.
+    def fit(self, layers: Sequence[PrunableLayer], proportions: Sequence[float]) -> list[float]:
+        """Densities in the proportions given, 0 to 1, that meet this budget within its floor and ceiling.
+
+        Args:
+            layers: The layers.
+            proportions: One number for each, not negative; what a bound takes from a layer goes to the others.
 
         Raises:
-            ConfigError: If a layer lacks its sensitivity, or the statistic `input_sq` under the scope `outlier`.
+            ConfigError: If that cannot be.
         """
+        return shares.proportional(layers, proportions, self.sparsity, self.least, self.ceiling)
+
+    def densities(
+        self, layers: Sequence[PrunableLayer], scores: Mapping[str, Tensor] | None = None
+    ) -> list[float]:
+        """The density that each layer should end with, 0 to 1, for the scopes that give each its own.
+
+        Args:
+            layers: The layers.
+            scores: Their scores by name, which a function may look at.
+
+        Raises:
+            ConfigError: If a layer lacks its sensitivity, or the statistic `input_sq` under the scope `outlier`; or
+                if a function's densities cannot be used.
+        """
+        function = scopes.function_of(self.scope)
+        if function is not None:
+            return scopes.densities(function, layers, scores or {}, self)
         bounds = (self.sparsity, self.least, self.ceiling)
         if self.scope == "erdos_renyi":
             return shares.erdos_renyi(layers, *bounds)
@@ -111,7 +133,7 @@ def allocate(
     scores: Mapping[str, Tensor],
     layers: Layers,
     sparsity: float,
-    scope: str = "global",
+    scope: scopes.Scope = "global",
     floor: float | None = None,
     ceiling: float = 1.0,
     *,
@@ -127,7 +149,7 @@ def allocate(
         scores: For each layer's name `(R, C)` scores, floating point; higher is kept first.
         layers: The layers, in the order in which ties are broken.
         sparsity: Share of the elements to remove, at least 0 and below 1.
-        scope: One of `SCOPES`; `"outlier"` reads the layers' statistic `input_sq`.
+        scope: One of `SCOPES`, of which `"outlier"` reads the layers' statistic `input_sq`; or a function.
         floor: Lowest density a single layer may end with, 0 to 1; `None` for `FLOOR_SHARE` of the mean density.
         ceiling: Highest density a single layer may end with, 0 to 1.
         curves: For the scope `"sensitivity"`, the loss increase by sparsity of each layer by name.
@@ -143,7 +165,7 @@ def allocate(
     chosen = list(layers.values()) if isinstance(layers, Mapping) else list(layers)
     if not chosen:
         return {}
-    parts = [_Part(layer, _checked(scores, layer)) for layer in chosen]
+    parts = [_Part(layer, checked_score(scores, layer)) for layer in chosen]
     remove = _remove_per_layer if scope in ("layer", "row") else _remove_together
     removed = remove(parts, budget)
     return {
@@ -162,7 +184,12 @@ class _Part:
         self.elements = layer.shape[0] * layer.shape[1]
 
 
-def _checked(scores: Mapping[str, Tensor], layer: PrunableLayer) -> Tensor:
+def checked_score(scores: Mapping[str, Tensor], layer: PrunableLayer) -> Tensor:
+    """The scores `(R, C)` of a layer, if they can be used.
+
+    Raises:
+        PrunerError: If they are missing, of the wrong shape or dtype, or not finite.
+    """
     score = scores.get(layer.name)
     if score is None:
         raise PrunerError(f"layer {layer.name} has no scores: the pruner must score every selected layer")
@@ -199,7 +226,8 @@ def _remove_together(parts: list[_Part], budget: Budget) -> list[Tensor]:
     if budget.scope == "global":
         ranks = [_rank(part, budget.least, budget.ceiling) for part in parts]
     else:
-        densities = budget.densities([part.layer for part in parts])
+        by_name = {part.layer.name: part.scores.view(part.layer.grid) for part in parts}
+        densities = budget.densities([part.layer for part in parts], by_name)
         ranks = [_rank(part, density, density) for part, density in zip(parts, densities, strict=True)]
     rank = torch.cat([own.to(device) for own in ranks])
     gone = _cut(_order(scores, rank), sizes, budget.sparsity * sum(part.elements for part in parts))

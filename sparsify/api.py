@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import ConfigError
 from sparsify.recipe import Pruning, Recipe
 from sparsify.recipe_faults import describe, from_pydantic
+from sparsify.scopes import Scope
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
     from sparsify.permutation import Permuted
     from sparsify.pipeline import RunResult
     from sparsify.progress import Progress
+    from sparsify.pruner import PrunableLayer
     from sparsify.targets import KeptDense
-
-Scope = Literal["global", "layer", "row", "erdos_renyi", "outlier", "sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def prune(
         block: Block shape as `(out, in)` features, such as `"64x64"`; each side a power of two from 8 to 256.
         sparsity: Share of the selected weights' elements to remove, at least 0 and below 1; met within one block.
         scope: `global` (one budget), `layer` (each layer the same share), `row` (each block row the same share); or a
-            density for each layer by its size (`erdos_renyi`), its outliers (`outlier`, needs `calibration`) or what
-            its loss costs (`sensitivity`).
+            density for each layer by its size (`erdos_renyi`), its outliers (`outlier`, needs `calibration`), what
+            its loss costs (`sensitivity`), or what a function of your own says (see `sparsify.scopes`).
         targets: Layers to prune: exact module names, `re:` patterns or class names. Default: every linear layer,
             Conv1D and fused expert of the model's repeated blocks.
         ignore: Layers to leave dense, named in the same three ways.
@@ -165,6 +165,89 @@ def prune(
     return PruneResult(masks, selection.dense, permuted)
 
 
+def score(
+    model: nn.Module,
+    *,
+    method: str = "magnitude",
+    block: BlockShape | str | int | tuple[int, int] = "64x64",
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> list[tuple[PrunableLayer, Tensor]]:
+    """Scores the blocks of a dense model, for a loop of one's own that makes the masks; `apply` then prunes.
+
+    Args:
+        model: Any module; nothing of it changes.
+        method: As in `prune`, and so are all arguments below.
+        block: Block shape.
+        targets: Layers to score.
+        ignore: Layers to leave out.
+        calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
+        device: Where such pruners compute.
+        **options: Options of the pruner.
+
+    Returns:
+        For each layer (name, weight, shape, ...; see `sparsify.pruner.PrunableLayer`) its scores `(R, C)`, higher
+        for blocks that matter more.
+
+    Raises:
+        SparsifyError: As `prune` does.
+    """
+    from sparsify.scoring import score_layers
+    from sparsify.stages.prune import prepare
+
+    shape = BlockShape.parse(block)
+    settings = _settings(method=method, options=options, block=shape, targets=targets, ignore=ignore)
+    pruner, selection = prepare(model, settings, walks=calibration is not None)
+    scores = score_layers(model, pruner, selection.layers, calibration, device)
+    return list(zip(selection.layers, scores, strict=True))
+
+
+def apply(model: nn.Module, masks: Mapping[str, BlockMask], *, convert: bool = True) -> PruneResult:
+    """Prunes a dense model with masks of one's own, in place.
+
+    Args:
+        model: The model that they were made for.
+        masks: For each layer's name its mask; layers without one stay dense.
+        convert: As in `prune`.
+
+    Raises:
+        ConfigError: If there is no mask, or one names no dense weight or does not fit it. The model is unchanged then.
+    """
+    import torch
+
+    from sparsify.layers import swap
+    from sparsify.layers.kinds import matrices
+    from sparsify.sequential import remove_blocks
+
+    if not masks:
+        raise ConfigError("there are no masks to apply: give at least one, by its layer's name")
+    smallest = BlockShape(8, 8)
+    found = {
+        layer.name: layer
+        for name, module in model.named_modules()
+        for layer in matrices(name, module, smallest)
+    }
+    for name, mask in masks.items():
+        if name not in found:
+            raise ConfigError(
+                f"cannot apply the mask of {name!r}: the model has no dense weight of this name"
+            )
+        if mask.shape != found[name].shape:
+            shapes = f"its weight is {found[name].shape}, the mask is for {mask.shape}"
+            raise ConfigError(f"cannot apply the mask of {name}: {shapes}")
+    if convert:
+        swap.convert(model, dict(masks))
+        _attach(model)
+    else:
+        with torch.no_grad():
+            for name, mask in masks.items():
+                remove_blocks(found[name], mask)
+    return PruneResult(dict(masks), [])
+
+
 def load(
     path: str | Path,
     device: str | torch.device | None = None,
@@ -193,7 +276,7 @@ def save(model: PreTrainedModel, out: str | Path, *, processor: Any = None, forc
 
     Args:
         model: A transformers model.
-        out: Folder to write; it must not exist.
+        out: Folder to write; it must not exist, or be empty.
         processor: Tokenizer, image processor or feature extractor to save beside the weights.
         force: Replace an existing checkpoint in `out`; the old one stays until the new one is complete.
 
@@ -216,7 +299,7 @@ def densify(path: str | Path, out: str | Path, *, force: bool = False) -> Path:
 
     Args:
         path: Block-sparse checkpoint: a folder, or a name on the Hub.
-        out: Folder to write; it must not exist.
+        out: Folder to write; it must not exist, or be empty.
         force: Replace an existing checkpoint in `out`.
 
     Returns:

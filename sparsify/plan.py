@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import data, sensitivity_file
+from sparsify import data, scopes, sensitivity_file
 from sparsify.checkpoint import reader, writer
 from sparsify.errors import CheckpointError, ConfigError, OutputError, SparsifyError
 from sparsify.prediction import predict, warning
@@ -290,7 +290,7 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.dev
             )
         pruned |= {layer.name: index for layer in selection.layers}
         plan.kept_dense = selection.dense
-        plan.sparsity, plan.scope = settings.sparsity, settings.scope
+        plan.sparsity, plan.scope = settings.sparsity, scopes.name_of(settings.scope)
         if not packs:
             continue
         # Nothing is measured of experts, whose matrices have an index.

@@ -8,25 +8,29 @@ under a mask that of `sparsify.masking`. `docs/pruners.md` shows a custom pruner
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sparsify import custom
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.errors import PrunerError
+from sparsify.errors import PrunerError, SparsifyError
 
 if TYPE_CHECKING:
     from sparsify.allocation import Budget
 
 STATISTICS = frozenset({"input_sq", "hessian"})
+# The methods of a pruner that others call.
+HOOKS = ("score", "calibrate", "update_weights", "begin", "before_step", "after_step", "masks")
 
 
 @dataclass(eq=False)
@@ -102,6 +106,14 @@ class Pruner(ABC):
 
     name: ClassVar[str] = ""
     requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Lets mistakes in the hooks of a class of one's own be told in one line that names class, hook and layer."""
+        super().__init_subclass__(**keywords)
+        if not cls.__module__.startswith("sparsify."):
+            for hook in HOOKS:
+                if hook in vars(cls) and not getattr(vars(cls)[hook], "__isabstractmethod__", False):
+                    setattr(cls, hook, _told(vars(cls)[hook], hook))
 
     @property
     def compensates(self) -> bool:
@@ -222,7 +234,40 @@ def create_pruner(method: str, **options: object) -> Pruner:
             f"pruner {method!r} has requires = {cls.requires!r}: it must be a set of {', '.join(sorted(STATISTICS))}"
         )
     _check_options(method, cls, options)
-    return cls(**options)
+    try:
+        return cls(**options)
+    except (SparsifyError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if ":" not in method:
+            raise
+        raise PrunerError(f"pruner {method!r} cannot be made: {custom.described(error)}") from error
+
+
+def _told(function: Callable[..., Any], hook: str) -> Callable[..., Any]:
+    """The method `hook` of a pruner, with errors that say where they come from."""
+
+    @functools.wraps(function)
+    def wrapper(self: Pruner, *args: Any, **keywords: Any) -> Any:
+        given = [*args, *keywords.values()]
+        layer = f" of layer {given[0].name}" if given and isinstance(given[0], PrunableLayer) else ""
+        name = f"{type(self).__module__}:{type(self).__qualname__}"
+        try:
+            result = function(self, *args, **keywords)
+        except (SparsifyError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise PrunerError(
+                f"pruner {name!r} failed in {hook}{layer}: {custom.described(error)}"
+            ) from error
+        if hook == "score" and not isinstance(result, Tensor):
+            raise PrunerError(
+                f"pruner {name!r} returned {type(result).__name__} as score{layer}: it must be a tensor of one number "
+                f"for each block, (R, C)"
+            )
+        return result
+
+    return wrapper
 
 
 def _registered(method: str) -> type[Pruner]:
@@ -241,20 +286,7 @@ def _registered(method: str) -> type[Pruner]:
 
 
 def _custom(method: str) -> type[Pruner]:
-    module_name, _, class_name = method.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's own code, which may hold any mistake
-        reason = (
-            str(error) if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: {error}"
-        )
-        raise PrunerError(
-            f"cannot import pruner {method!r}: {reason}; write package.module:Class "
-            f"and see that the module is installed or on PYTHONPATH"
-        ) from error
-    cls = getattr(module, class_name, None)
-    if cls is None:
-        raise PrunerError(f"cannot find pruner {method!r}: module {module_name!r} has no {class_name!r}")
+    cls = custom.find(method, "pruner", PrunerError)
     if not (isinstance(cls, type) and issubclass(cls, Pruner)):
         raise PrunerError(f"{method!r} is not a pruner: it must be a class derived from sparsify.Pruner")
     if inspect.isabstract(cls):

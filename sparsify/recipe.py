@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from sparsify import data as data_files
+from sparsify import scopes
 from sparsify.allocation import Budget
 from sparsify.blocks import BlockShape
 from sparsify.errors import ConfigError, SparsifyError
@@ -34,7 +35,6 @@ from sparsify.recipe_faults import Fault, check_trainer_arguments, describe, fro
 from sparsify.recipe_file import RecipeText, apply_overrides, locate
 
 Task: TypeAlias = Literal["auto", "causal-lm", "masked-lm", "sequence-classification", "sentence-embedding"]
-Scope: TypeAlias = Literal["global", "layer", "row", "erdos_renyi", "outlier", "sensitivity"]
 Heal: TypeAlias = Literal["auto", "packed", "masked"]
 
 
@@ -48,6 +48,17 @@ def _share(value: Any) -> Any:
 
 Share: TypeAlias = Annotated[float, BeforeValidator(_share), Field(ge=0, lt=1)]
 Block: TypeAlias = Annotated[BlockShape, PlainValidator(BlockShape.parse), PlainSerializer(str)]
+
+
+def _scope(value: Any) -> Any:
+    if not callable(value) and value not in scopes.BUILT_IN and ":" not in str(value):
+        raise ValueError(f"got {value!r}, expected {', '.join(scopes.BUILT_IN)} or package.module:function")
+    scope: Any = value
+    scopes.requires(scope)
+    return scope
+
+
+Scope: TypeAlias = Annotated[Any, PlainValidator(_scope), PlainSerializer(scopes.name_of)]
 
 
 def _as_list(value: Any) -> Any:
@@ -117,8 +128,8 @@ class Pruning(Strict):
         block: Block shape as OUTxIN, such as `64x64`.
         sparsity: Share of the selected weights to remove, from 0 to less than 1.
         scope: `global` (one budget), `layer` (each layer the same), `row` (each block row the same); or a density for
-            each layer by its size (`erdos_renyi`), its outliers (`outlier`, needs calibration) or what its loss costs
-            (`sensitivity`, needs the file).
+            each layer by its size (`erdos_renyi`), its outliers (`outlier`, needs calibration), what its loss costs
+            (`sensitivity`, needs the file) or a function of your own (`package.module:function`).
         floor: Smallest density a layer may get, 0 to 1, except under `layer` and `row`; when left out a share of the
             mean density (`sparsify.allocation.FLOOR_SHARE`).
         ceiling: Largest density a layer may get, 0 to 1, except under `layer` and `row`.
@@ -163,7 +174,8 @@ class Pruning(Strict):
                 "`sparsify sensitivity MODEL --data FILE` writes"
             )
         if self.scope != "sensitivity" and self.sensitivity is not None:
-            raise ValueError(f"the file in `sensitivity` is for the scope sensitivity, not for {self.scope}")
+            name = scopes.name_of(self.scope)
+            raise ValueError(f"the file in `sensitivity` is for the scope sensitivity, not for {name}")
         Budget(self.sparsity, self.scope, self.floor, self.ceiling, {})
         return self
 
@@ -292,7 +304,7 @@ class Recipe(Strict):
         name: Short name, used in reports.
         description: One line: what the recipe is for.
         model: Local folder or hub id of the dense checkpoint.
-        out: Folder to write; must not exist, unless the run is forced.
+        out: Folder to write; must not exist or be empty, unless the run is forced.
         task: What the model is for; decides its head, its loss and its quality measure. `auto` reads the checkpoint.
         device: `auto` (GPU if there is one), or any torch device.
         dtype: `auto` (the checkpoint's), or a torch dtype's name.

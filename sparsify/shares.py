@@ -50,6 +50,45 @@ def erdos_renyi(
     return _fit(lambda t: [t * share for share in wanted], (0.0, top), layers, sparsity, floor, ceiling)
 
 
+def proportional(
+    layers: Sequence[PrunableLayer],
+    proportions: Sequence[float],
+    sparsity: float,
+    floor: float,
+    ceiling: float,
+) -> list[float]:
+    """Density of each layer, 0 to 1, in the proportions given as far as the bounds allow.
+
+    Args:
+        layers: The layers.
+        proportions: One number for each, not negative.
+        sparsity: Share of all their elements to remove.
+        floor: Lowest density of a layer.
+        ceiling: Highest density of a layer.
+
+    Raises:
+        ConfigError: If a proportion is negative, NaN or infinite, or those that are zero make the budget impossible.
+    """
+    wanted = [float(share) for share in proportions]
+    if len(wanted) != len(layers):
+        raise ConfigError(f"{len(wanted)} proportions for {len(layers)} layers: give one for each")
+    for layer, share in zip(layers, wanted, strict=True):
+        if not 0.0 <= share < float("inf"):
+            raise ConfigError(
+                f"the proportion {share:g} of layer {layer.name} is out of range: it must be at least 0"
+            )
+    top = ceiling / min((share for share in wanted if share > 0.0), default=1.0)
+    found = _fit(lambda t: [t * share for share in wanted], (0.0, top), layers, sparsity, floor, ceiling)
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+    mean = sum(density * size for density, size in zip(found, sizes, strict=True)) / sum(sizes)
+    if mean < 1.0 - sparsity - 1e-6:
+        raise ConfigError(
+            f"no densities in these proportions keep {1.0 - sparsity:g} of the weights: with floor {floor:g} and "
+            f"ceiling {ceiling:g} they keep {mean:.3g} at most; fewer of them may be 0"
+        )
+    return found
+
+
 def outlier(layers: Sequence[PrunableLayer], sparsity: float, floor: float, ceiling: float) -> list[float]:
     """Density of each layer, 0 to 1, by the outliers of its transformer block; arguments as in `erdos_renyi`.
 

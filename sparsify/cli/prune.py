@@ -26,7 +26,8 @@ def prune(
         str,
         typer.Option(
             "--scope",
-            help="Budget: global, layer, row (balanced block rows), erdos_renyi, outlier (with --data) or sensitivity.",
+            help="Budget: global, layer, row (balanced block rows), erdos_renyi, outlier (with --data), sensitivity, "
+            "or package.module:function.",
         ),
     ] = "global",
     sensitivity: Annotated[

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import sensitivity_file
+from sparsify import scopes, sensitivity_file
 from sparsify.allocation import Budget
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.calibration import needs_calibration
@@ -84,8 +84,9 @@ def make_pruner(settings: Pruning) -> Pruner:
         PrunerError: If the pruner or an option is unknown.
     """
     pruner: Any = create_pruner(settings.method, **settings.options)
-    if settings.scope == "outlier":
-        pruner.requires = pruner.requires | {"input_sq"}
+    more = scopes.requires(settings.scope) - pruner.requires
+    if more:
+        pruner.requires = pruner.requires | more
     return pruner
 
 
@@ -118,7 +119,8 @@ def prepare(
         missing = pruner.requires - layer.statistics.keys()
         if missing and not walks:
             own = min(missing) in type(pruner).requires
-            needs = f"pruner {settings.method!r} needs" if own else f"scope {settings.scope!r} needs"
+            scope = scopes.name_of(settings.scope)
+            needs = f"pruner {settings.method!r} needs" if own else f"scope {scope!r} needs"
             raise ConfigError(
                 f"{needs} the statistic {min(missing)!r} of layer {layer.name}: put a "
                 f"calibrate stage before it (with `sparsify prune` give --data, in Python `calibration`)"

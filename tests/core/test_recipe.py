@@ -112,7 +112,7 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path):
         ({"sparsity": -0.1}, "stages.0.sparsity: got -0.1"),
         ({"sparsity": float("nan")}, "stages.0.sparsity: got nan"),
         ({"sparsity": "half"}, "stages.0.sparsity: got 'half'"),
-        ({"scope": "globl"}, "got 'globl', expected global, layer, row, erdos_renyi, outlier or sensitivity"),
+        ({"scope": "globl"}, "got 'globl', expected global, layer, row, erdos_renyi, outlier, sensitivity or "),
         ({"floor": 0.8, "ceiling": 0.2}, "floor 0.8 is above ceiling 0.2"),
         ({"floor": 0.8, "sparsity": 0.5}, "floor 0.8 cannot be kept at sparsity 0.5"),
         ({"ceiling": 0.2, "sparsity": 0.5}, "ceiling 0.2 cannot be kept at sparsity 0.5"),

@@ -1,0 +1,45 @@
+"""Code of the user's own, named as `package.module:name`: how it is found, and how its mistakes are told."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import SparsifyError
+
+
+def find(name: str, what: str, kind: type[SparsifyError]) -> Any:
+    """What `package.module:name` names.
+
+    Args:
+        name: Where it is.
+        what: What it should be, for messages: `"pruner"` or `"scope"`.
+        kind: Class of the errors.
+
+    Raises:
+        SparsifyError: Of the class `kind`, if the module cannot be imported or has nothing of this name.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's own code, which may hold any mistake
+        plain = isinstance(error, (ImportError, ValueError))
+        reason = str(error) if plain else f"{type(error).__name__}: {error}"
+        raise kind(
+            f"cannot import {what} {name!r}: {reason}; write package.module:{'Class' if what == 'pruner' else what} "
+            f"and see that the module is installed or on PYTHONPATH"
+        ) from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise kind(f"cannot find {what} {name!r}: module {module_name!r} has no {attribute!r}")
+    return found
+
+
+def described(error: Exception) -> str:
+    """An exception in one line: its class, its text, and the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"
