@@ -180,8 +180,14 @@ def causal_blocks(spec: Source, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         shifts them).
 
     Raises:
-        DataError: If the source cannot be read, lacks the column, or holds less than one block.
+        DataError: If the source cannot be read, lacks the column, or holds less than one block, or blocks are of one
+            token.
     """
+    if spec.length < 2:
+        raise DataError(
+            f"data `length` is {spec.length}; a causal language model predicts each token from those before it, so "
+            f"that a sample needs at least 2"
+        )
     prefix, _ = _frame(tokenizer)
     blocks = _blocks(spec, tokenizer, prefix, [])
     return _torch_dataset({"input_ids": blocks, "labels": blocks})

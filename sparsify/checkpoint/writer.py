@@ -42,7 +42,7 @@ def save(
 
     Args:
         model: A transformers model, with block-sparse layers or dense (also while it is masked).
-        out: Folder to write; it must not exist.
+        out: Folder to write; it must not exist, or be empty.
         tokenizer: Tokenizer to save beside the weights.
         processor: Image processor, feature extractor or processor to save beside the weights.
         recipe: YAML text of the recipe that made the model.
@@ -103,7 +103,9 @@ def check_output(out: str | Path, force: bool, needed: int) -> None:
     if path.exists():
         if not path.is_dir():
             raise OutputError(f"{path} is a file: choose a folder that does not exist yet")
-        if not force:
+        if os.path.ismount(path):
+            raise OutputError(f"{path} is a mount point, which cannot be replaced: choose a folder inside it")
+        if not force and any(path.iterdir()):
             raise OutputError(
                 f"{path} exists: choose another folder, or pass --force (force=True) to replace it"
             )
@@ -149,7 +151,7 @@ def _new_folder(path: Path, force: bool) -> Iterator[Path]:
 
 def _put_in_place(folder: Path, path: Path, force: bool) -> None:
     old = path.with_name(f"{path.name}.old-{os.getpid()}")
-    if path.exists():
+    if path.exists() and any(path.iterdir()):
         if not force:
             raise OutputError(f"{path} appeared while it was being written: choose another folder")
         path.rename(old)

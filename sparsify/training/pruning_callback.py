@@ -91,7 +91,8 @@ class PruningCallback(TrainerCallback):
             )
             for layer in self.layers:
                 self.pruner.update_weights(layer, self.masks[layer.name])
-            mask_model(kwargs["model"], self.masks)
+            # Nobody looks at the gradient of pruned blocks any more, and clipping shall not count it.
+            mask_model(kwargs["model"], self.masks, dense_gradient=False)
         else:
             self._mask(kwargs["model"], progress)
 
@@ -150,7 +151,7 @@ class PruningCallback(TrainerCallback):
                 layer.statistics.update(_of(layer, saved))
         if (folder / MASKS_FILE).is_file():
             self.masks = load_masks(folder / MASKS_FILE)
-            mask_model(model, self.masks)
+            mask_model(model, self.masks, dense_gradient=False)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

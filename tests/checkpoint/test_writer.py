@@ -59,6 +59,16 @@ def test_existing_output_is_refused(model: Any, tmp_path: Path) -> None:
     assert contents(tmp_path) == {"out/notes.txt": b"mine"}
 
 
+def test_empty_output_is_taken(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    out = writer.save(model, tmp_path / "out")
+    assert (out / "config.json").is_file() and os.listdir(tmp_path) == ["out"]
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(OutputError, match="volume is a mount point, which cannot be replaced"):
+        writer.save(model, tmp_path / "volume")
+
+
 def test_force_replaces_a_checkpoint_and_nothing_else(model: Any, tmp_path: Path) -> None:
     BY_NAME["gpt2"].build().save_pretrained(tmp_path / "out")
     writer.save(model, tmp_path / "out", force=True)

@@ -283,6 +283,8 @@ def test_eval_refuses_what_it_cannot_read(clean, tmp_path):
     empty.write_text("")
     refused("is empty", "eval", clean, "--data", empty)
     refused("does not exist", "eval", clean, "--data", tmp_path / "absent.txt")
+    text = checkpoints.text(tmp_path)
+    refused("a sample needs at least 2", "eval", clean, "--data", text, "--length", "1")
     labelled = checkpoints.labelled(tmp_path)
     refused("no column words", "eval", clean, "--data", labelled, "--column", "words")
 

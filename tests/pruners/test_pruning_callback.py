@@ -105,6 +105,25 @@ def test_a_resumed_run_ends_with_the_same_masks_and_weights_bit_for_bit(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_once_masks_are_fixed_clipping_counts_kept_blocks_alone(tmp_path: Path):
+    """The gradient of pruned blocks is for the search; afterwards it is not there when the Trainer clips."""
+    shares: list[bool] = []
+
+    class Watch(PruningCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step > 0:
+                masks = current_masks(kwargs["model"])
+                hidden = [layer.grad[~masks[layer.name].elements()] for layer in self.layers]  # pyright: ignore
+                shares.append(bool(torch.cat(hidden).any()))
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+
+    model = make_model()
+    pruner = create_pruner("movement", warmup=0.0, settle=0.5)
+    watch = Watch(pruner, select(model, BLOCK).layers, Budget(0.5), 0.5)
+    make_trainer(model, tmp_path, watch).train()
+    assert shares == [True] * 3 + [False] * 4
+
+
 TINY = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHERS = {
     "conv1d": lambda: transformers.GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=16),
