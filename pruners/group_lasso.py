@@ -48,6 +48,8 @@ class GroupLasso(Pruner):
     """
 
     name = "group_lasso"
+    # Share of the phase, in units of `fade`, that is left when the last blocks come under the penalty.
+    _margin = 1.5
 
     def __init__(self, fade: float = 0.1) -> None:
         if not 0.0 < fade <= 1.0:
@@ -67,10 +69,17 @@ class GroupLasso(Pruner):
     def begin(self, layers: Sequence[PrunableLayer], budget: Budget, progress: float = 0.0) -> None:
         """Sets the budget that is met when progress is 1."""
         self._budget, self._done = budget, progress
+        if progress == 0.0:
+            for layer in layers:
+                layer.statistics.pop("rms", None)
+                layer.statistics.pop("start", None)
 
     @torch.no_grad()
     def after_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
-        """Takes one proximal step; each layer's statistic `rms` `(R, C)` is what it leaves of the blocks.
+        """Takes one proximal step.
+
+        Each layer's statistic `rms` `(R, C)` is what it leaves of the blocks, `start` `(R, C)` the score with which a
+        vanishing one came under the penalty, 0 for all others.
 
         Raises:
             PrunerError: If `begin` was not called, or weights became NaN or infinite.
@@ -82,18 +91,19 @@ class GroupLasso(Pruner):
         self._done = progress
         scores = {layer.name: self.score(layer) for layer in layers}
         final = self._budget.masks(scores, layers)
-        rising = 1.0 - self.fade
+        rising = 1.0 - self._margin * self.fade
         now = ramped(self._budget, progress / rising if progress < rising else 1.0).masks(scores, layers)
         for layer in layers:
             score = scores[layer.name]
             # Rounded in another way, the lower budget may remove a block that the whole one keeps.
             keep = (now[layer.name].keep | final[layer.name].keep).to(score.device)
             before = torch.minimum(score, layer.statistics.get("rms", score))
+            start = layer.statistics.get("start", torch.zeros_like(score))
+            start = torch.where(start > 0.0, start, before).masked_fill(keep | (before == 0.0), 0.0)
             # Under the row scope every block row has a threshold of its own.
-            removed = before.masked_fill(keep, 0.0)
-            threshold = removed.amax(1, keepdim=True) if self._budget.scope == "row" else removed.amax()
+            threshold = start.amax(1, keepdim=True) if self._budget.scope == "row" else start.amax()
             after = torch.where(keep, score, (before - share * threshold).clamp_min(0.0))
-            layer.statistics["rms"] = after
+            layer.statistics.update(rms=after, start=start)
             if not bool(keep.all()):
                 _scale(layer, torch.where(keep | (score == 0.0), 1.0, after / score))
 

@@ -181,13 +181,21 @@ class Pruning(Strict):
 
 
 class Search(Pruning):
-    """Pruning while training.
+    """Pruning while training, in three phases: warm-up, pruning, healing.
 
     Attributes:
-        until: Share of the stage's steps after which the masks are fixed; the rest trains on under them.
+        start: Share of the stage's steps, at its beginning, that trains the dense network by itself (warm-up).
+        until: Share of the stage's steps after which the masks are fixed; the rest trains on under them (healing).
     """
 
+    start: float = Field(default=0.0, ge=0, lt=1)
     until: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _phases(self) -> Search:
+        if self.start >= self.until:
+            raise ValueError(f"start {self.start:g} is not before until {self.until:g}: no step is left to prune")
+        return self
 
 
 class CalibrateStage(Strict):

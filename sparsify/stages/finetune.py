@@ -37,7 +37,7 @@ def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:
     searched = {layer.name for layer in selection.layers}
     fixed = {name: mask for name, mask in state.dense_masks.items() if name not in searched}
     masking.mask_model(state.model, fixed, dense_gradient=False)
-    _train(stage, state, samples, PruningCallback(pruner, selection.layers, budget(settings), settings.until))
+    _train(stage, state, samples, PruningCallback(pruner, selection.layers, budget(settings), settings.until, settings.start))
     state.prune(masking.unmask(state.model), selection.dense)
     state.trained = settings.until < 1
 

@@ -1,4 +1,4 @@
-"""Drives a pruner from the Hugging Face Trainer's own loop."""
+"""Drives a pruner from the Hugging Face Trainer's own loop, on one process or several (DDP, FSDP2)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sparsify.blocks import BlockMask
 from sparsify.errors import ConfigError
 from sparsify.masking import current_masks, load_masks, mask_gradients, mask_model, save_masks
 from sparsify.pruner import PrunableLayer, Pruner
+from sparsify.training.sharding import gathered, rebind
 
 MASKS_FILE = "sparsify_masks.safetensors"
 STATISTICS_FILE = "sparsify_statistics.safetensors"
@@ -25,55 +26,78 @@ HIDDEN_FILE = "sparsify_hidden.safetensors"
 class PruningCallback(TrainerCallback):
     """Runs a pruner during training, then fixes the exact masks and lets training go on under them.
 
-    The pruner's `before_step` and `after_step` are called around each optimizer step until the share `until` of the
-    steps is done, and the layers are trained under the `masks` that it gives in between. Then its last scores become
-    masks, `update_weights` may compensate, and the layers are masked for good (`sparsify.masking`). Each checkpoint of
+    Three phases. Warm-up: up to the share `start` of the steps the dense network trains by itself. Pruning: the
+    pruner's `before_step` and `after_step` are called around each optimizer step until the share `until` is done, and
+    the layers are trained under the `masks` that it gives in between. Healing: its last scores have become masks,
+    `update_weights` may have compensated, and the layers are masked for good (`sparsify.masking`). Each checkpoint of
     the Trainer gets what a resumed run needs: the masks once they are fixed, the statistics that the pruner gathered,
     and the weights that its masks hide.
+
+    Under FSDP2 the pruner sees whole weights (`sparsify.training.sharding`): while it works, each process holds all
+    pruned weights and their gradients.
 
     Attributes:
         masks: The fixed masks by layer name; `None` before the end of the pruning phase.
     """
 
     def __init__(
-        self, pruner: Pruner, layers: Sequence[PrunableLayer], budget: Budget, until: float = 1.0
+        self,
+        pruner: Pruner,
+        layers: Sequence[PrunableLayer],
+        budget: Budget,
+        until: float = 1.0,
+        start: float = 0.0,
     ) -> None:
         """
         Args:
             pruner: The algorithm.
             layers: The layers to prune, of the very model that the Trainer trains.
             budget: The sparsity to arrive at.
-            until: Share of the training steps that pruning takes, above 0 and at most 1.
+            until: Share of the training steps after which the masks are fixed, above 0 and at most 1.
+            start: Share of the training steps before pruning begins, at least 0 and below `until`.
 
         Raises:
-            ConfigError: If `until` is out of range.
+            ConfigError: If a share is out of range.
         """
         if not 0.0 < until <= 1.0:
             raise ConfigError(
                 f"until {until} is out of range: it is a share of the steps, above 0 and at most 1"
             )
-        self.pruner, self.layers, self.budget, self.until = pruner, list(layers), budget, until
+        if not 0.0 <= start < until:
+            raise ConfigError(
+                f"start {start} is out of range: it is a share of the steps, at least 0 and below until {until}"
+            )
+        self.pruner, self.layers, self.budget = pruner, list(layers), budget
+        self.until, self.start = until, start
         self.masks: dict[str, BlockMask] | None = None
+        self._begun = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts the pruning phase, or takes it up where a checkpoint left it."""
+        rebind(self.layers, kwargs["model"])
         if state.global_step:
             self._restore(_checkpoint(args, state), kwargs["model"])
-        if self.masks is None:
-            progress = self._progress(state.global_step, state)
-            self.pruner.begin(self.layers, self.budget, progress)
-            self._mask(kwargs["model"], progress)
+        if self.masks is None and state.global_step >= self._first(state):
+            self._begin(kwargs["model"], state)
             if state.global_step:
                 self._restore_hidden(_checkpoint(args, state), kwargs["model"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the pruning phase where the warm-up ends."""
+        if state.global_step and state.global_step == self._first(state) and not self._begun:
+            self._begin(kwargs["model"], state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Shows the pruner the whole gradient, then hides that of pruned blocks from the optimizer."""
-        if self.masks is None:
-            self.pruner.before_step(self.layers, self._progress(state.global_step, state))
+        if self._begun and self.masks is None:
+            with gathered(self.layers):
+                self.pruner.before_step(self.layers, self._progress(state.global_step, state))
         mask_gradients(kwargs["model"])
 
     @torch.no_grad()
@@ -81,16 +105,18 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lets the pruner act on the new weights; fixes the masks at the end of the phase."""
-        if self.masks is not None:
+        if self.masks is not None or not self._begun:
             return
         progress = self._progress(state.global_step + 1, state)
-        self.pruner.after_step(self.layers, progress)
-        if progress >= 1.0:
-            self.masks = self.budget.masks(
-                {layer.name: self.pruner.score(layer) for layer in self.layers}, self.layers
-            )
-            for layer in self.layers:
-                self.pruner.update_weights(layer, self.masks[layer.name])
+        with gathered(self.layers, write=True):
+            self.pruner.after_step(self.layers, progress)
+            if progress >= 1.0:
+                self.masks = self.budget.masks(
+                    {layer.name: self.pruner.score(layer) for layer in self.layers}, self.layers
+                )
+                for layer in self.layers:
+                    self.pruner.update_weights(layer, self.masks[layer.name])
+        if self.masks is not None:
             # Nobody looks at the gradient of pruned blocks any more, and clipping shall not count it.
             mask_model(kwargs["model"], self.masks, dense_gradient=False)
         else:
@@ -101,6 +127,11 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """Adds masks and statistics to the Trainer's checkpoint."""
         folder = _checkpoint(args, state)
+        masks = current_masks(kwargs["model"]) if self.masks is None else {}
+        with gathered(self.layers if masks else []):  # all processes, before all but one leave
+            hidden = {
+                layer.name: _hidden(layer, masks[layer.name]) for layer in self.layers if layer.name in masks
+            }
         if not state.is_world_process_zero or not folder.is_dir():
             return
         if self.masks is not None:
@@ -112,17 +143,22 @@ class PruningCallback(TrainerCallback):
             from safetensors.torch import save_file
 
             save_file({key: t.contiguous() for key, t in statistics.items()}, folder / STATISTICS_FILE)
-        masks = current_masks(kwargs["model"]) if self.masks is None else {}
-        hidden = {
-            layer.name: _hidden(layer, masks[layer.name]) for layer in self.layers if layer.name in masks
-        }
         if hidden:
             from safetensors.torch import save_file
 
             save_file(hidden, folder / HIDDEN_FILE)
 
+    def _begin(self, model: nn.Module, state: TrainerState) -> None:
+        progress = self._progress(state.global_step, state)
+        with gathered(self.layers):
+            self.pruner.begin(self.layers, self.budget, progress)
+        self._begun = True
+        self._mask(model, progress)
+
     def _mask(self, model: nn.Module, progress: float) -> None:
-        if masks := self.pruner.masks(self.layers, progress):
+        with gathered(self.layers):
+            masks = self.pruner.masks(self.layers, progress)
+        if masks:
             mask_model(model, masks)
 
     @torch.no_grad()
@@ -132,15 +168,25 @@ class PruningCallback(TrainerCallback):
             from safetensors.torch import load_file
 
             saved, masks = load_file(folder / HIDDEN_FILE), current_masks(model)
-            for layer in self.layers:
-                if layer.name in saved:
-                    weight, keep = layer.weight, masks[layer.name].elements()
-                    weight.copy_(
-                        torch.where(keep.to(weight.device), weight, saved[layer.name].to(weight.device))
-                    )
+            with gathered(self.layers, write=True):
+                for layer in self.layers:
+                    if layer.name in saved:
+                        weight, keep = layer.weight, masks[layer.name].elements()
+                        weight.copy_(
+                            torch.where(keep.to(weight.device), weight, saved[layer.name].to(weight.device))
+                        )
+
+    def _first(self, state: TrainerState) -> int:
+        """The step before which pruning begins; 0 is the first one."""
+        return min(round(self.start * state.max_steps), self._last(state) - 1)
+
+    def _last(self, state: TrainerState) -> int:
+        """The step after which the masks are fixed."""
+        return max(1, round(self.until * state.max_steps))
 
     def _progress(self, step: int, state: TrainerState) -> float:
-        return min(step / max(1, round(self.until * state.max_steps)), 1.0)
+        first = self._first(state)
+        return min((step - first) / (self._last(state) - first), 1.0)
 
     def _restore(self, folder: Path, model: nn.Module) -> None:
         if (folder / STATISTICS_FILE).is_file():

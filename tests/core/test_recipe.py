@@ -112,7 +112,10 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path):
         ({"sparsity": -0.1}, "stages.0.sparsity: got -0.1"),
         ({"sparsity": float("nan")}, "stages.0.sparsity: got nan"),
         ({"sparsity": "half"}, "stages.0.sparsity: got 'half'"),
-        ({"scope": "globl"}, "got 'globl', expected global, layer, row, erdos_renyi, outlier, sensitivity or "),
+        (
+            {"scope": "globl"},
+            "got 'globl', expected global, layer, row, erdos_renyi, outlier, sensitivity or ",
+        ),
         ({"floor": 0.8, "ceiling": 0.2}, "floor 0.8 is above ceiling 0.2"),
         ({"floor": 0.8, "sparsity": 0.5}, "floor 0.8 cannot be kept at sparsity 0.5"),
         ({"ceiling": 0.2, "sparsity": 0.5}, "ceiling 0.2 cannot be kept at sparsity 0.5"),
@@ -245,3 +248,16 @@ def test_packaged_recipes_are_valid_and_say_how_to_run_them(name):
     header = locate(name).header
     assert "Needs:" in header
     assert f"sparsify run {name}" in header or f"recipes/{name}.yaml" in header
+
+
+def test_a_search_needs_a_step_between_warm_up_and_healing():
+    stage = {
+        "stage": "finetune",
+        "steps": 10,
+        "pruner": {"method": "group_lasso", "start": 0.7, "until": 0.6},
+    }
+    values = {**MINIMAL, "data": {"train": {"path": "text.txt"}}, "stages": [stage]}
+    with pytest.raises(
+        ConfigError, match=r"pruner: start 0.7 is not before until 0.6: no step is left to prune"
+    ):
+        Recipe.from_dict(values)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import sparsify
 from sparsify import BlockShape
 from sparsify.allocation import Budget
 from sparsify.calibration import collect_statistics
@@ -43,7 +44,8 @@ def test_the_custom_pruner_is_fifteen_lines_and_works(model, tmp_path: Path, mon
     )
 
 
-def test_the_training_loop_lands_on_the_target(model):
+def test_the_training_loop_is_six_lines_and_lands_on_the_target(model):
+    assert len(CODE[1].strip().splitlines()) == 6
     ids = torch.randint(0, 64, (40, 2, 16))
     names = {
         "model": model,
@@ -56,9 +58,13 @@ def test_the_training_loop_lands_on_the_target(model):
     }
     exec(CODE[1], names)
     layers = names["layers"]
+    pruner = names["pruner"]
+    masks = names["budget"].masks({layer.name: pruner.score(layer) for layer in layers}, layers)
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
     assert zeros == sum(layer.weight.numel() for layer in layers) / 2
-    assert not any(layer.weight[~names["masks"][layer.name].elements()].any() for layer in layers)
+    assert not any(layer.weight[~masks[layer.name].elements()].any() for layer in layers)
+    sparsify.apply(model, masks)
+    assert model(ids[0]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["prune_and_grow", "movement"])

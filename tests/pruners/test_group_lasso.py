@@ -117,7 +117,13 @@ class Network(nn.Module):
         return x
 
 
+def muon(parameters) -> torch.optim.Optimizer:
+    """Muon takes matrices alone; the rest stays as it is."""
+    return torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=2e-2)
+
+
 OPTIMIZERS = {
+    "muon": muon,
     "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
@@ -135,18 +141,18 @@ def test_a_plain_training_loop_with_any_optimizer_lands_on_the_target(optimizer:
     pruner.begin(layers, budget)
     total, losses = 200, []
     for step in range(total):
+        if step == total - 1:
+            scores = {layer.name: pruner.score(layer) for layer in layers}
+            masks = allocate(scores, layers, sparsity)
+            gone = sum(float(scores[name][~masks[name].keep].square().sum()) for name in scores)
+            # Before the last step and the exact cut the penalty alone has arrived.
+            assert abs(zero_share(layers) - sparsity) < 0.02
+            assert gone < 1e-4 * sum(float(score.square().sum()) for score in scores.values())
         x = torch.randn(32, 36)
         loss = nn.functional.mse_loss(model(x), teacher(x).detach())
         loss.backward()
         step_of.step()
         step_of.zero_grad()
-        if step == total - 1:
-            scores = {layer.name: pruner.score(layer) for layer in layers}
-            masks = allocate(scores, layers, sparsity)
-            squares = {name: score.square() for name, score in scores.items()}
-            gone = sum(float(squares[name][~masks[name].keep].sum()) for name in scores)
-            # The last step has next to nothing left to cut.
-            assert gone < 1e-2 * sum(float(square.sum()) for square in squares.values())
         pruner.after_step(layers, (step + 1) / total)
         losses.append(loss.item())
     assert abs(zero_share(layers) - sparsity) < 0.02
@@ -162,7 +168,7 @@ def test_a_learning_rate_far_above_the_strength_does_not_bring_blocks_back():
             layers[0].weight.add_(0.05 * torch.randn(64, 64).sign())  # a block loses about 0.01 a step
         pruner.after_step(layers, (step + 1) / 1000)
         if step == 990:
-            assert 0.45 < zero_share(layers) <= 0.5
+            assert zero_share(layers) == 0.5
     assert zero_share(layers) == 0.5
 
 

@@ -241,7 +241,76 @@ def test_a_masked_model_heals_and_resumes_without_any_callback(tmp_path: Path):
     assert all(torch.equal(before[name].keep, after[name].keep) for name in before)
 
 
+class Log(Pruner):
+    """Notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, float]] = []
+
+    def score(self, layer: PrunableLayer) -> Tensor:
+        return layer.weight.new_ones(layer.grid)
+
+    def begin(self, layers: Sequence[PrunableLayer], budget: Budget, progress: float = 0.0) -> None:
+        self.calls.append(("begin", progress))
+
+    def before_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
+        self.calls.append(("before", progress))
+
+    def after_step(self, layers: Sequence[PrunableLayer], progress: float) -> None:
+        self.calls.append(("after", progress))
+
+
+@pytest.mark.parametrize(
+    "resume", [None, 2, 4, 6], ids=["whole", "in warm-up", "where it begins", "in the phase"]
+)
+def test_warm_up_pruning_and_healing_take_their_shares_of_the_steps(tmp_path: Path, resume: int | None):
+    runs = []
+    for checkpoint in [None] if resume is None else [None, str(tmp_path / f"checkpoint-{resume}")]:
+        pruner, model = Log(), make_model()
+        layers = select(model, BLOCK).layers
+        callback = PruningCallback(pruner, layers, Budget(0.5), until=0.7, start=0.4)
+        make_trainer(model, tmp_path, callback, max_steps=10).train(resume_from_checkpoint=checkpoint)
+        runs.append(pruner.calls)
+    steps = [
+        ("before", 0.0),
+        ("after", 1 / 3),
+        ("before", 1 / 3),
+        ("after", 2 / 3),
+        ("before", 2 / 3),
+        ("after", 1.0),
+    ]
+    assert runs[0] == [("begin", 0.0), *steps]
+    if resume is not None:
+        assert runs[1] == ([("begin", 2 / 3), *steps[4:]] if resume == 6 else runs[0])
+
+
+def test_a_warm_up_trains_as_if_there_were_no_pruner(tmp_path: Path):
+    warm, plain = make_model(), make_model()
+    pruner = create_pruner("group_lasso")
+    callback = PruningCallback(pruner, select(warm, BLOCK).layers, Budget(0.5), start=0.5)
+    make_trainer(warm, tmp_path / "warm", callback).train()
+    make_trainer(plain, tmp_path / "plain", None).train()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    first, second = load(tmp_path / "warm" / "checkpoint-4"), load(tmp_path / "plain" / "checkpoint-4")
+    others = second.state_dict()
+    assert all(torch.equal(value, others[name]) for name, value in first.state_dict().items())
+    removed = sum(int((layer.weight == 0).sum()) for layer in select(warm, BLOCK).layers)
+    assert removed == pytest.approx(
+        0.5 * sum(layer.weight.numel() for layer in callback.layers), abs=BLOCK.numel
+    )
+
+
 def test_a_phase_of_no_length_is_refused():
     for until in (0.0, 1.5):
         with pytest.raises(ConfigError, match=f"until {until} is out of range"):
             PruningCallback(create_pruner("magnitude"), [], Budget(0.5), until)
+    for start in (-0.1, 0.5):
+        with pytest.raises(ConfigError, match=f"start {start} is out of range"):
+            PruningCallback(create_pruner("magnitude"), [], Budget(0.5), 0.5, start)
+
+
+def test_layers_of_another_model_are_refused(tmp_path: Path):
+    layers = [PrunableLayer("up", "up", nn.Parameter(torch.ones(16, 16)), BLOCK)]
+    callback = PruningCallback(create_pruner("magnitude"), layers, Budget(0.5))
+    with pytest.raises(ConfigError, match="layer up is no dense weight of the model that is trained"):
+        make_trainer(make_model(), tmp_path, callback).train()

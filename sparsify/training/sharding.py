@@ -1,0 +1,81 @@
+"""Layers whose weights are sharded over several processes (FSDP2), shown whole to a pruner.
+
+A pruner computes with plain tensors. While `gathered` is open, each layer's parameter is a whole copy of the sharded
+one, the same on every process; so every process comes to the same scores and masks, bit for bit, and to those that a
+single process would come to with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.blocks import BlockShape
+from sparsify.errors import ConfigError
+from sparsify.layers.kinds import matrices
+from sparsify.pruner import PrunableLayer
+
+
+def rebind(layers: Sequence[PrunableLayer], model: nn.Module) -> None:
+    """Points layers at the parameters that the model has now: sharding a model replaces them.
+
+    Raises:
+        ConfigError: If the model has no dense weight of a layer's name and shape.
+    """
+    found: dict[str, PrunableLayer] = {}
+    for name, module in model.named_modules():
+        found.update((layer.name, layer) for layer in matrices(name, module, BlockShape(8, 8)))
+    for layer in layers:
+        new = found.get(layer.name)
+        if new is None or new.shape != layer.shape:
+            raise ConfigError(
+                f"layer {layer.name} is no dense weight of the model that is trained: select the layers of that model"
+            )
+        layer.parameter = new.parameter
+
+
+@contextmanager
+def gathered(layers: Sequence[PrunableLayer], *, write: bool = False) -> Iterator[None]:
+    """While it is open, the layers' parameters and their gradients are whole; every process must open it.
+
+    Args:
+        layers: The layers; those that are not sharded stay as they are.
+        write: Take what was written to the weights over into the shards at the end.
+    """
+    sharded = {id(layer.parameter): layer.parameter for layer in layers if _is_sharded(layer.parameter)}
+    whole = {key: _whole(parameter) for key, parameter in sharded.items()}
+    moved = [(layer, layer.parameter) for layer in layers if id(layer.parameter) in whole]
+    for layer, parameter in moved:
+        layer.parameter = whole[id(parameter)]
+    try:
+        yield
+        if write:
+            with torch.no_grad():
+                for key, parameter in sharded.items():
+                    _scatter(whole[key].detach(), parameter)
+    finally:
+        for layer, parameter in moved:
+            layer.parameter = parameter
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+def _whole(parameter: nn.Parameter) -> nn.Parameter:
+    def full(tensor: Tensor) -> Tensor:
+        return tensor.detach().full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+
+    copy = nn.Parameter(full(parameter).clone(), requires_grad=parameter.requires_grad)
+    copy.grad = None if parameter.grad is None else full(parameter.grad)
+    return copy
+
+
+def _scatter(whole: Tensor, parameter: nn.Parameter) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # pyright: ignore[reportAttributeAccessIssue]
+    parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))

@@ -1,0 +1,207 @@
+"""Pruning while training on two processes: masks are the same on both, and those of one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainingArguments
+
+from sparsify.allocation import Budget
+from sparsify.blocks import BlockMask, BlockShape
+from sparsify.masking import load_masks, save_masks, unmask
+from sparsify.pruner import create_pruner
+from sparsify.targets import select
+from sparsify.training.pruning_callback import PruningCallback
+
+RANKS, STEPS, BATCH = 2, 20, 8
+BLOCK = BlockShape(8, 8)
+PRUNERS: dict[str, dict[str, Any]] = {
+    "group_lasso": {},
+    "movement": {"warmup": 0.0, "settle": 0.3},
+    "prune_and_grow": {"every": 0.1, "ramp": 0.3},
+}
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 32, (STEPS * BATCH, 12), generator=torch.Generator().manual_seed(1))
+
+
+class Watch(PruningCallback):
+    """Counts how often the masks have changed on the way."""
+
+    changes = 0
+
+    def _mask(self, model: nn.Module, progress: float) -> None:
+        before = [id(module.__dict__.get("weight_keep")) for module in model.modules()]
+        super()._mask(model, progress)
+        buffers = [id(module._buffers.get("weight_keep")) for module in model.modules()]
+        self.changes += before != buffers
+
+
+def make_callback(model: nn.Module, method: str) -> Watch:
+    pruner = create_pruner(method, **PRUNERS[method])
+    return Watch(pruner, select(model, BLOCK).layers, Budget(0.6), until=0.8, start=0.2)
+
+
+def train_with_trainer(method: str, folder: Path, batch: int) -> tuple[nn.Module, Watch]:
+    """Under torchrun's environment the Trainer puts the model into DistributedDataParallel."""
+    model = make_model()
+    callback = make_callback(model, method)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=batch,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=10,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    data = [{"input_ids": row, "labels": row} for row in tokens()]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback])
+    trainer.train()
+    if "RANK" in os.environ:
+        assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    return model, callback
+
+
+def train_sharded(method: str, mesh: Any) -> tuple[nn.Module, Watch]:
+    """The Trainer's order of events in a loop of our own; accelerate shards with FSDP2 on GPUs alone."""
+    model = make_model()
+    callback = make_callback(model, method)
+    if mesh is not None:
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    state: Any = SimpleNamespace(global_step=0, max_steps=STEPS, is_world_process_zero=True)
+    told: Any = {"args": None, "state": state, "control": None, "model": model}
+    callback.on_train_begin(**told)
+    for batch in tokens().split(
+        BATCH
+    ):  # the same on both ranks, so that the mean gradient is bit for bit one's own
+        callback.on_step_begin(**told)
+        model(input_ids=batch, labels=batch).loss.backward()
+        callback.on_pre_optimizer_step(**told)
+        optimizer.step()
+        callback.on_optimizer_step(**told)
+        optimizer.zero_grad()
+        state.global_step += 1
+    return model, callback
+
+
+def rank_main(mode: str, rank: int, folder: Path) -> None:
+    if mode == "ddp":
+        for method in PRUNERS:
+            model, callback = train_with_trainer(method, folder / f"{method}-trainer", BATCH // RANKS)
+            assert callback.masks is not None
+            save_masks(folder / f"{method}-{rank}.safetensors", callback.masks)
+            print(method, callback.changes)
+        return
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+    )
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for method in PRUNERS:
+        model, callback = train_sharded(method, mesh)
+        whole, alone = train_sharded(method, None)
+        assert callback.masks is not None and alone.masks is not None
+        for name, mask in alone.masks.items():
+            assert torch.equal(mask.keep, callback.masks[name].keep), (method, name)
+        unmask(model)
+        unmask(whole)
+        for got, expected in zip(model.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(got.full_tensor(), expected)
+        save_masks(folder / f"{method}-{rank}.safetensors", callback.masks)
+        print(method, callback.changes)
+    distributed.destroy_process_group()
+
+
+def run_ranks(mode: str, folder: Path) -> list[dict[str, dict[str, BlockMask]]]:
+    """Masks by pruner and layer, of each rank."""
+    root = Path(__file__).resolve().parents[2]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    if mode == "ddp":
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
+    ranks = []
+    for rank in range(RANKS):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if mode == "ddp" else {}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, __file__, mode, str(rank), str(folder)],
+                env={**environment, **own},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        for rank in ranks:
+            said, errors = rank.communicate(timeout=150)
+            assert rank.returncode == 0, errors
+            changes = dict(
+                line.split() for line in said.splitlines() if line.split()[:1] and line.split()[0] in PRUNERS
+            )
+            assert int(changes["group_lasso"]) == 0
+            assert int(changes["movement"]) > 2 and int(changes["prune_and_grow"]) > 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [
+        {method: load_masks(folder / f"{method}-{rank}.safetensors") for method in PRUNERS}
+        for rank in range(RANKS)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_masks_are_the_same_on_all_ranks_and_those_of_one_process(mode: str, tmp_path: Path):
+    first, second = run_ranks(mode, tmp_path)
+    for method, masks in first.items():
+        for name, mask in masks.items():
+            assert torch.equal(mask.keep, second[method][name].keep), (method, name)
+        kept = sum(mask.elements_kept for mask in masks.values())
+        elements = sum(mask.shape[0] * mask.shape[1] for mask in masks.values())
+        assert abs(kept - 0.4 * elements) <= BLOCK.numel / 2
+        if (
+            mode == "ddp"
+        ):  # sums of gradients are rounded in another order, and a close race may end otherwise
+            _, alone = train_with_trainer(method, tmp_path / "alone", BATCH)
+            assert alone.masks is not None
+            same = sum(int((mask.keep == alone.masks[name].keep).sum()) for name, mask in masks.items())
+            assert same >= 0.97 * sum(mask.keep.numel() for mask in masks.values())
+
+
+if __name__ == "__main__":
+    rank_main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
