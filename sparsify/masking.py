@@ -14,7 +14,7 @@ hidden entries (momentum, weight decay), the effective weight stays 0 there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.blocks import BlockMask, BlockShape
+from sparsify.blocks import BlockMask, BlockShape, block_sizes, to_blocks
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers import kinds
 from sparsify.pruner import PrunableLayer
@@ -86,6 +86,20 @@ def current_masks(model: nn.Module) -> dict[str, BlockMask]:
             else:
                 masks[name] = BlockMask(keep.clone(), (rows, cols), BlockShape(*masked.block))
     return masks
+
+
+@torch.no_grad()
+def removed_share(model: nn.Module, layers: Iterable[PrunableLayer]) -> float:
+    """Share of the layers' elements in blocks that are masked or zero by now, 0 to 1."""
+    masks = current_masks(model)
+    removed = total = 0
+    for layer in layers:
+        gone = to_blocks(layer.weight.abs(), layer.block).amax((2, 3)).eq(0).cpu()
+        if layer.name in masks:
+            gone |= ~masks[layer.name].keep
+        removed += int(block_sizes(layer.shape, layer.block)[gone].sum())
+        total += layer.shape[0] * layer.shape[1]
+    return removed / total
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from sparsify.recipe import Recipe
 from sparsify.stages import State, run_stage
 from sparsify.stages.convert import pack
 from sparsify.stages.prune import restore_masks
+from sparsify.stages.report_page import render
 from sparsify.targets import KeptDense
 from sparsify.walk_cache import WalkCache
 from sparsify.workfolder import WorkFolder, last_trainer_checkpoint, replace_text
@@ -241,6 +242,7 @@ class _Run:
                 processor=state.processor,
                 recipe=recipe.to_yaml(),
                 report=state.report,
+                page=render(state.report, state.masks) if state.report is not None else None,
                 force=force,
             )
         if state.report is not None:

@@ -293,7 +293,7 @@ class EvaluateStage(Strict):
 
 
 class ReportStage(Strict):
-    """Writes `sparsify_report.json` beside the weights and prints the table; always the last stage."""
+    """Writes `sparsify_report.json` and `.html` beside the weights and prints the table; always the last stage."""
 
     stage: Literal["report"]
 

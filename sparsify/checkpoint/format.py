@@ -16,6 +16,7 @@ QUANT_METHOD = "block_sparse"
 FORMAT_VERSION = 1
 RECIPE_FILE = "sparsify_recipe.yaml"
 REPORT_FILE = "sparsify_report.json"
+REPORT_PAGE = "sparsify_report.html"
 # Key of `quantization_config` under which stands, by name, why a pruned layer is dense all the same.
 KEPT_DENSE = "kept_dense"
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from sparsify.checkpoint.format import RECIPE_FILE, REPORT_FILE
+from sparsify.checkpoint.format import RECIPE_FILE, REPORT_FILE, REPORT_PAGE
 from sparsify.errors import ConfigError, OutputError
 from sparsify.layers.swap import sparse_modules
 
@@ -35,6 +35,7 @@ def save(
     processor: Any = None,
     recipe: str | None = None,
     report: Mapping[str, Any] | None = None,
+    page: str | None = None,
     force: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Path:
@@ -47,6 +48,7 @@ def save(
         processor: Image processor, feature extractor or processor to save beside the weights.
         recipe: YAML text of the recipe that made the model.
         report: What the run measured, JSON values.
+        page: The same for people, HTML.
         force: Replace an existing checkpoint in `out`. The old one stays until the new one is complete.
         max_shard_size: Largest weight file, in bytes or as in `"5GB"`.
 
@@ -78,6 +80,8 @@ def save(
             (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
         if report is not None:
             (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if page is not None:
+            (folder / REPORT_PAGE).write_text(page, encoding="utf-8")
         _copy_sentence_transformers(Path(model.name_or_path or ""), folder)
     return Path(out).expanduser().resolve()
 

@@ -64,6 +64,7 @@ def _print_plan(plan: Plan) -> None:
 
 
 def _print_result(result: RunResult) -> None:
+    from sparsify.checkpoint.format import REPORT_PAGE
     from sparsify.stages.report import table
 
     if result.report is not None:
@@ -79,6 +80,8 @@ def _print_result(result: RunResult) -> None:
             )
         if "bytes" in totals:
             console.say(f"weights on disk: {console.size(totals['bytes'])}")
+        if result.out:
+            console.say(f"report with pictures: {console.absolute(result.out / REPORT_PAGE)}")
     console.say(f"written to {console.absolute(result.out)}" if result.out else "nothing was written")
 
 

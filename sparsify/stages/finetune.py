@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sparsify import masking
 from sparsify.layers.swap import sparse_modules
 from sparsify.recipe import ConvertStage, FinetuneStage
 from sparsify.stages.convert import choose, pack
 from sparsify.stages.heal_choice import faster_form
 from sparsify.stages.prune import budget, order_units, prepare
+from sparsify.stages.report import totals
 from sparsify.stages.state import State
 from sparsify.training.finetune import train
 from sparsify.training.pruning_callback import PruningCallback
@@ -37,7 +40,8 @@ def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:
     searched = {layer.name for layer in selection.layers}
     fixed = {name: mask for name, mask in state.dense_masks.items() if name not in searched}
     masking.mask_model(state.model, fixed, dense_gradient=False)
-    _train(stage, state, samples, PruningCallback(pruner, selection.layers, budget(settings), settings.until, settings.start))
+    callback = PruningCallback(pruner, selection.layers, budget(settings), settings.until, settings.start)
+    _train(stage, state, samples, lambda: masking.removed_share(state.model, selection.layers), callback)
     state.prune(masking.unmask(state.model), selection.dense)
     state.trained = settings.until < 1
 
@@ -51,7 +55,8 @@ def _heal(stage: FinetuneStage, state: State, samples: Samples, length: int) -> 
     state.keep()
     # All that is masked, or what stays dense beside packed layers.
     masking.mask_model(state.model, state.dense_masks, dense_gradient=False)
-    _train(stage, state, samples)
+    kept = totals(state.masks)["sparsity"]
+    _train(stage, state, samples, (lambda: kept) if state.masks else None)
     masking.unmask(state.model)
     state.trained = bool(state.masks)
 
@@ -82,7 +87,13 @@ def _form(stage: FinetuneStage, state: State, tokens: int) -> str:
     return state.choices[key]
 
 
-def _train(stage: FinetuneStage, state: State, samples: Samples, *callbacks: PruningCallback) -> None:
+def _train(
+    stage: FinetuneStage,
+    state: State,
+    samples: Samples,
+    sparsity: Callable[[], float] | None,
+    *callbacks: PruningCallback,
+) -> None:
     points = train(
         state.model,
         samples,
@@ -92,6 +103,7 @@ def _train(stage: FinetuneStage, state: State, samples: Samples, *callbacks: Pru
         device=state.device,
         callbacks=callbacks,
         resume=state.resume,
+        sparsity=sparsity,
         progress=state.progress,
     )
     state.history.append({"stage": state.index, "points": points})

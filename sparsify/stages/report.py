@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sparsify
@@ -78,24 +79,49 @@ def totals(masks: Mapping[str, BlockMask]) -> dict[str, Any]:
     return {"layers": len(masks), "elements": elements, "elements_kept": kept, "sparsity": sparsity}
 
 
+@dataclass(frozen=True)
+class Measure:
+    """One measure of all columns.
+
+    Attributes:
+        key: `perplexity`, `bytes`, `latency 256`, ...
+        title: Its name for people.
+        values: One number a column, in the report's units; `None` where it was not measured.
+        texts: The same, written with its unit.
+    """
+
+    key: str
+    title: str
+    values: list[float | None]
+    texts: list[str | None]
+
+
+def measures(columns: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
+    """What was measured, in the order of the table; measures that no column has are left out."""
+    found: list[Measure] = []
+
+    def add(key: str, title: str, values: list[Any], text: Callable[[Any], str]) -> None:
+        if any(value is not None for value in values):
+            texts = [None if value is None else text(value) for value in values]
+            found.append(Measure(key, title, values, texts))
+
+    all_columns = list(columns.values())
+    for key, title in QUALITIES.items():
+        add(key, title, [column.get("quality", {}).get(key) for column in all_columns], "{:.2f}".format)
+    add("parameters", "parameters", [column.get("parameters") for column in all_columns], "{:,}".format)
+    add("bytes", "bytes on disk", [column.get("bytes") for column in all_columns], "{:,}".format)
+    peaks = [column.get("peak_memory") for column in all_columns]
+    add("peak_memory", "peak memory of a forward", peaks, lambda value: f"{value / 1e6:.1f} MB")
+    for count in sorted({int(count) for column in all_columns for count in column.get("latency", {})}):
+        title = f"latency, {count} token{'s' if count != 1 else ''}"
+        values = [column.get("latency", {}).get(str(count)) for column in all_columns]
+        add(f"latency {count}", title, values, lambda value: f"{value * 1e3:.2f} ms")
+    return found
+
+
 def table(columns: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Measurements as a table: its header and its rows, one row a measure."""
-    rows: list[list[str]] = []
-
-    def row(title: str, values: list[str | None]) -> None:
-        if any(value is not None for value in values):
-            rows.append([title, *(value or "-" for value in values)])
-
-    found = list(columns.values())
-    for key, title in QUALITIES.items():
-        row(title, [_decimal(column.get("quality", {}).get(key)) for column in found])
-    row("parameters", [_whole(column.get("parameters")) for column in found])
-    row("bytes on disk", [_whole(column.get("bytes")) for column in found])
-    row("peak memory of a forward", [_megabytes(column.get("peak_memory")) for column in found])
-    counts = sorted({int(count) for column in found for count in column.get("latency", {})})
-    for count in counts:
-        title = f"latency, {count} token{'s' if count != 1 else ''}"
-        row(title, [_milliseconds(column.get("latency", {}).get(str(count))) for column in found])
+    rows = [[measure.title, *(text or "-" for text in measure.texts)] for measure in measures(columns)]
     return ["", *columns], rows
 
 
@@ -110,19 +136,3 @@ def as_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
         return "  ".join([title.strip().ljust(widths[0]), *values]).rstrip()
 
     return "\n".join(line(row) for row in cells)
-
-
-def _decimal(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2f}"
-
-
-def _whole(value: int | None) -> str | None:
-    return None if value is None else f"{value:,}"
-
-
-def _megabytes(value: int | None) -> str | None:
-    return None if value is None else f"{value / 1e6:.1f} MB"
-
-
-def _milliseconds(value: float | None) -> str | None:
-    return None if value is None else f"{value * 1e3:.2f} ms"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +33,7 @@ def train(
     device: torch.device | str = "cpu",
     callbacks: Sequence[TrainerCallback] = (),
     resume: Path | None = None,
+    sparsity: Callable[[], float] | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place.
@@ -49,10 +50,11 @@ def train(
         device: Where to train; of several GPUs the first visible one.
         callbacks: Further callbacks, such as the one that drives a pruner.
         resume: Checkpoint of an interrupted run, in `folder`.
+        sparsity: Tells the share of removed weights, 0 to 1, for the history and whatever the Trainer reports to.
         progress: Told about every step.
 
     Returns:
-        Loss history: `step`, `loss` (mean since the last entry), `learning_rate`, `epoch`.
+        Loss history: `step`, `loss` (mean since the last entry), `learning_rate`, `epoch`; `sparsity` if it is told.
 
     Raises:
         ConfigError: If the device, the precision or an argument of the Trainer is refused.
@@ -68,15 +70,19 @@ def train(
     try:
         with _float32_weights(model), own_names(model), progress.task("training") as advance:
             follow = _Follow(progress, advance)
-            trainer = _Trainer(samples, model=model, args=arguments, callbacks=[*callbacks, follow])
+            trainer = _Trainer(samples, sparsity, model=model, args=arguments, callbacks=[*callbacks, follow])
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         model.train(was_training)
         if use_cache is not None:
             config.use_cache = use_cache  # the Trainer turns it off, and it would be saved that way
-    kept = ("step", "loss", "learning_rate", "epoch")
-    return [{key: entry[key] for key in kept} for entry in trainer.state.log_history if "loss" in entry]
+    kept = ("step", "loss", "learning_rate", "epoch", "sparsity")
+    return [
+        {key: entry[key] for key in kept if key in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
 
 
 def _arguments(stage: FinetuneStage, folder: Path, seed: int, device: torch.device) -> TrainingArguments:
@@ -132,9 +138,9 @@ def _arguments(stage: FinetuneStage, folder: Path, seed: int, device: torch.devi
 class _Trainer(Trainer):
     """A Trainer over `Samples`."""
 
-    def __init__(self, samples: Samples, **options: Any) -> None:
+    def __init__(self, samples: Samples, sparsity: Callable[[], float] | None, **options: Any) -> None:
         super().__init__(train_dataset=samples.dataset, data_collator=samples.collate, **options)
-        self._loss = samples.loss
+        self._loss, self._sparsity = samples.loss, sparsity
         if self._loss is not None:
             # The loss is a mean over one micro-batch; the Trainer divides it by their number only if told so.
             self.model_accepts_loss_kwargs = False
@@ -143,6 +149,11 @@ class _Trainer(Trainer):
         if self._loss is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         return self._loss(model, inputs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._sparsity is not None and "loss" in logs:
+            logs["sparsity"] = self._sparsity()
+        super().log(logs, *args, **kwargs)
 
 
 class _Follow(TrainerCallback):

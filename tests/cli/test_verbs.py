@@ -95,7 +95,7 @@ def test_prune_writes_a_checkpoint_that_plain_from_pretrained_loads(dense, tmp_p
     assert {str(module.packed["weight"].block) for module in modules.values()} == {"32x16"}
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "sparsify_recipe.yaml",
-        "sparsify_report.json", "tokenizer.json", "tokenizer_config.json",
+        "sparsify_report.html", "sparsify_report.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert stored_elements(out) < stored_elements(dense)
 
