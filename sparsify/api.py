@@ -360,6 +360,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     latency_tokens: Sequence[int] = (1, 256),
+    latency_batches: Sequence[int] = (1,),
     batch: int = 8,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -373,7 +374,8 @@ def evaluate(
         task: `auto`, `causal-lm`, `masked-lm`, `sequence-classification` or `sentence-embedding`.
         device: `auto` (a GPU if there is one) or any torch device.
         dtype: `auto` (each checkpoint's own) or a torch dtype's name.
-        latency_tokens: Token counts of one forward pass of one sequence.
+        latency_tokens: Token counts of each sequence in a forward pass.
+        latency_batches: How many such sequences a forward pass takes; each size is measured.
         batch: Samples in one forward pass of the quality measurement.
         trust_remote_code: Run the Python code that a checkpoint brings with it.
         progress: Told about every batch.
@@ -396,9 +398,10 @@ def evaluate(
     from sparsify.stages.evaluate import evaluate_models
 
     progress = progress or Progress()
-    if batch < 1 or any(count < 1 for count in latency_tokens):
-        wrong = f"batch {batch}" if batch < 1 else f"token count {min(latency_tokens)}"
-        raise ConfigError(f"{wrong} is out of range: it must be at least 1")
+    counts = [("batch", batch), *(("token count", count) for count in latency_tokens)]
+    for what, count in [*counts, *(("latency batch", size) for size in latency_batches)]:
+        if count < 1:
+            raise ConfigError(f"{what} {count} is out of range: it must be at least 1")
     if data is not None:
         data_files.check(data)
     place = resolve_device(device)
@@ -415,7 +418,14 @@ def evaluate(
     meant = resolve_task(task, str(path), type(next(iter(models.values()))).__name__)
     processor = reader.load_processor(path, trust_remote_code)
     columns, notes = evaluate_models(
-        models, processor, data, meant, latency_tokens=latency_tokens, batch=batch, progress=progress
+        models,
+        processor,
+        data,
+        meant,
+        latency_tokens=latency_tokens,
+        latency_batches=latency_batches,
+        batch=batch,
+        progress=progress,
     )
     return {"task": meant, "columns": columns, "paths": paths, "notes": notes, "environment": environment()}
 

@@ -282,13 +282,15 @@ class EvaluateStage(Strict):
 
     Attributes:
         label: Name of the column; when left out `dense`, `pruned` or `recovered`, as the model is.
-        latency_tokens: Token counts of one forward pass whose latency is measured; empty for none.
+        latency_tokens: Token counts of each sequence whose latency is measured; empty for none.
+        latency_batches: How many such sequences one forward pass takes; each size is measured.
         batch: Samples in one forward pass of the quality measurement.
     """
 
     stage: Literal["evaluate"]
     label: str | None = None
     latency_tokens: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 256])
+    latency_batches: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1])
     batch: int = Field(default=8, ge=1)
 
 

@@ -34,6 +34,12 @@ def evaluate(
         list[int] | None,
         typer.Option("--tokens", help="Token count whose latency is measured; may be repeated. 0 for none."),
     ] = None,
+    sequences: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--latency-batch", help="Sequences in a forward pass whose latency is measured; may be repeated."
+        ),
+    ] = None,
     json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -58,6 +64,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         latency_tokens=[count for count in tokens or [1, 256] if count],
+        latency_batches=sequences or [1],
         batch=batch,
         trust_remote_code=trust_remote_code,
         progress=console.RichProgress(),

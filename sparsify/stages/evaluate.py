@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,7 @@ def run(stage: EvaluateStage, state: State) -> None:
         spec,
         state.task,
         latency_tokens=stage.latency_tokens,
+        latency_batches=stage.latency_batches,
         batch=stage.batch,
         seed=state.recipe.seed,
         progress=state.progress,
@@ -46,6 +48,7 @@ def evaluate_models(
     task: str | None,
     *,
     latency_tokens: Sequence[int] = (1, 256),
+    latency_batches: Sequence[int] = (1,),
     batch: int = 8,
     seed: int = 0,
     progress: Progress | None = None,
@@ -57,15 +60,17 @@ def evaluate_models(
         processor: Their tokenizer.
         spec: Held-out data; `None` leaves quality out.
         task: A recipe's task, not `auto`; `None` for a model of no task that can be scored.
-        latency_tokens: Token counts of one forward pass of one sequence.
+        latency_tokens: Token counts of each sequence in a forward pass.
+        latency_batches: How many such sequences a forward pass takes; each size is measured.
         batch: Samples in one forward pass of the quality measurement.
         seed: Chooses hidden tokens and the random tokens of the latency measurement.
         progress: Told about every batch.
 
     Returns:
         For each label `quality` (see `sparsify.quality`; only with data), `parameters`, `bytes` (of the weights on
-        disk), `peak_memory` (bytes, a forward pass of the largest token count) and `latency` (seconds by token
-        count); and in words what could not be measured, and where a block-sparse model is slower than a dense one.
+        disk), `peak_memory` (bytes, a forward pass of one sequence of the largest token count), `latency` (seconds of
+        one sequence by token count) and `latency_batches` (the same of several sequences, by their number); and in
+        words what could not be measured, and where a block-sparse model is slower than a dense one.
 
     Raises:
         ConfigError: If there is data but no task or tokenizer to read it with.
@@ -79,13 +84,18 @@ def evaluate_models(
             columns[label]["quality"] = _quality(model, processor, spec, task, batch, seed, label, progress)
     counts, skipped = _usable_counts(next(iter(models.values())), task, latency_tokens)
     if counts:
-        with progress.task("measuring latency", len(counts)) as advance:
-            for count in counts:
-                inputs = measure.token_inputs(next(iter(models.values())), count, seed=seed)
+        first = next(iter(models.values()))
+        sizes = sorted(set(latency_batches))
+        with progress.task("measuring latency", len(counts) * len(sizes)) as advance:
+            for size, count in product(sizes, counts):
+                inputs = measure.token_inputs(first, count, size, seed)
                 for label, seconds in measure.compare_latency(models, inputs).items():
-                    columns[label].setdefault("latency", {})[str(count)] = seconds
+                    column = columns[label]
+                    if size > 1:
+                        column = column.setdefault("latency_batches", {})
+                    column.setdefault("latency" if size == 1 else str(size), {})[str(count)] = seconds
                 advance()
-        inputs = measure.token_inputs(next(iter(models.values())), max(counts), seed=seed)
+        inputs = measure.token_inputs(first, max(counts), seed=seed)
         for label, model in models.items():
             columns[label]["peak_memory"] = measure.peak_memory_forward(model, inputs)
     return columns, skipped + _slower(models, columns)

@@ -84,7 +84,7 @@ class Measure:
     """One measure of all columns.
 
     Attributes:
-        key: `perplexity`, `bytes`, `latency 256`, ...
+        key: `perplexity`, `bytes`, `latency 256`, `latency 8 x 256`, ...
         title: Its name for people.
         values: One number a column, in the report's units; `None` where it was not measured.
         texts: The same, written with its unit.
@@ -112,10 +112,15 @@ def measures(columns: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
     add("bytes", "bytes on disk", [column.get("bytes") for column in all_columns], "{:,}".format)
     peaks = [column.get("peak_memory") for column in all_columns]
     add("peak_memory", "peak memory of a forward", peaks, lambda value: f"{value / 1e6:.1f} MB")
-    for count in sorted({int(count) for column in all_columns for count in column.get("latency", {})}):
-        title = f"latency, {count} token{'s' if count != 1 else ''}"
-        values = [column.get("latency", {}).get(str(count)) for column in all_columns]
-        add(f"latency {count}", title, values, lambda value: f"{value * 1e3:.2f} ms")
+    timed = [{1: column.get("latency", {})} for column in all_columns]
+    for times, column in zip(timed, all_columns, strict=True):
+        times |= {int(size): own for size, own in column.get("latency_batches", {}).items()}
+    for size in sorted({size for times in timed for size in times}):
+        for count in sorted({int(count) for times in timed for count in times.get(size, {})}):
+            many = f"{size} x " if size > 1 else ""
+            title = f"latency, {many}{count} token{'s' if count != 1 else ''}"
+            values = [times.get(size, {}).get(str(count)) for times in timed]
+            add(f"latency {many}{count}", title, values, lambda value: f"{value * 1e3:.2f} ms")
     return found
 
 

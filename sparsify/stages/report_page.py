@@ -83,7 +83,9 @@ def _cards(report: Mapping[str, Any], found: Sequence[Measure]) -> list[tuple[st
             ("weights removed", f"{totals['sparsity']:.1%}", f"of {totals['layers']} pruned weights")
         )
     for measure in found:
-        wanted = measure.key in ("perplexity", "bytes", *POINTS) or measure.key.startswith("latency")
+        wanted = measure.key in ("perplexity", "bytes", *POINTS) or (
+            measure.key.startswith("latency") and " x " not in measure.key
+        )
         texts = measure.texts
         if measure.key == "bytes":
             texts = [None if value is None else f"{value / 1e6:.2f} MB" for value in measure.values]

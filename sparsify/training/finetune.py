@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -69,7 +70,7 @@ def train(
     model.train()
     try:
         with _float32_weights(model), own_names(model), progress.task("training") as advance:
-            follow = _Follow(progress, advance)
+            follow = _Follow(advance, stage.pruner.sparsity if stage.pruner else None)
             trainer = _Trainer(samples, sparsity, model=model, args=arguments, callbacks=[*callbacks, follow])
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -141,26 +142,32 @@ class _Trainer(Trainer):
     def __init__(self, samples: Samples, sparsity: Callable[[], float] | None, **options: Any) -> None:
         super().__init__(train_dataset=samples.dataset, data_collator=samples.collate, **options)
         self._loss, self._sparsity = samples.loss, sparsity
+        self._tokens, self._since = 0, time.perf_counter()
         if self._loss is not None:
             # The loss is a mean over one micro-batch; the Trainer divides it by their number only if told so.
             self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._tokens += inputs["input_ids"].numel()
         if self._loss is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         return self._loss(model, inputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._sparsity is not None and "loss" in logs:
-            logs["sparsity"] = self._sparsity()
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = self._tokens / (now - self._since)
+            self._tokens, self._since = 0, now
+            if self._sparsity is not None:
+                logs["sparsity"] = self._sparsity()
         super().log(logs, *args, **kwargs)
 
 
 class _Follow(TrainerCallback):
     """Drives the progress bar, stops a run whose loss is no number, and leaves the last step's saving to the stage."""
 
-    def __init__(self, progress: Progress, advance: Advance) -> None:
-        self._progress, self._advance = progress, advance
+    def __init__(self, advance: Advance, target: float | None) -> None:
+        self._advance, self._target = advance, target
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(state.global_step, total=state.max_steps)
@@ -179,7 +186,14 @@ class _Follow(TrainerCallback):
                 f"training diverged: the loss is {loss} at step {state.global_step}; lower learning_rate "
                 f"or raise warmup"
             )
-        self._advance(0, text=f"loss {loss:.3f}")
+        self._advance(0, text=", ".join(self._parts(logs or {})))
+
+    def _parts(self, logs: dict[str, float]) -> Iterator[str]:
+        yield f"loss {logs['loss']:.3f}"
+        yield f"rate {logs['learning_rate']:.1e}"
+        if "sparsity" in logs:
+            yield f"{logs['sparsity']:.0%} removed" + (f" of {self._target:.0%}" if self._target else "")
+        yield f"{logs['tokens_per_second']:,.0f} tokens/s"
 
 
 @contextmanager

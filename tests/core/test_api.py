@@ -134,8 +134,12 @@ def test_evaluate_and_densify(dense, tmp_path):
     sparse = sparsify.save(model, tmp_path / "sparse")
     data = DataSpec(path=checkpoints.text(tmp_path), length=32, samples=8)
     checkpoints.tokenizer().save_pretrained(sparse)
-    report = sparsify.api.evaluate(sparse, data, against=dense, latency_tokens=[4])
+    report = sparsify.api.evaluate(sparse, data, against=dense, latency_tokens=[4], latency_batches=[1, 2])
     assert list(report["columns"]) == ["dense", "sparse"]
+    for column in report["columns"].values():
+        assert column["latency"]["4"] > 0 and column["latency_batches"]["2"]["4"] > 0
+    with pytest.raises(ConfigError, match="latency batch 0 is out of range: it must be at least 1"):
+        sparsify.api.evaluate(sparse, latency_batches=[0])
     plain = sparsify.densify(sparse, tmp_path / "plain")
     report = sparsify.api.evaluate(plain, data, against=dense, latency_tokens=[])
     assert list(report["columns"]) == ["dense", "dense: plain"]

@@ -88,7 +88,7 @@ def recipe(place: Path, out: str = "out") -> Recipe:
         {"stage": "finetune", "steps": 16, "batch": 4, "save_steps": 4, "pruner": search},
         {"stage": "finetune", "steps": 3, "batch": 4, "heal": "masked"},
         {"stage": "convert"},
-        {"stage": "evaluate", "latency_tokens": [4]},
+        {"stage": "evaluate", "latency_tokens": [4, 2], "latency_batches": [3, 1, 2]},
         {"stage": "report"},
     ]
     values = {
@@ -117,6 +117,11 @@ def test_the_page_shows_what_the_report_holds(folder):
     for column in report["columns"].values():
         assert f"{column['quality']['perplexity']:.2f}" in page.text
         assert f"{column['bytes']:,}" in page.text and f"{column['latency']['4'] * 1e3:.2f} ms" in page.text
+    last = report["columns"]["recovered"]
+    assert set(last["latency"]) == {"2", "4"} and set(last["latency_batches"]) == {"2", "3"}
+    assert f"{last['latency_batches']['3']['4'] * 1e3:.2f} ms" in page.text
+    titles = re.findall(r"latency, [\dx ]+tokens?", page.text[page.text.index("peak memory") :])
+    assert titles == [f"latency, {size}{count} tokens" for size in ("", "2 x ", "3 x ") for count in (2, 4)]
     first, last = (column["bytes"] for column in report["columns"].values())
     assert f"{last / first - 1:+.1%}" in page.text
     widths = [style.removeprefix("width: ") for tag in page.all("i") if (style := tag.get("style"))]
