@@ -199,6 +199,11 @@ def checked_score(scores: Mapping[str, Tensor], layer: PrunableLayer) -> Tensor:
             f"{layer.shape[0]}x{layer.shape[1]} in blocks of {layer.block} needs {layer.grid} of a floating type"
         )
     if not bool(torch.isfinite(score).all()):
+        if not all(bool(torch.isfinite(value).all()) for value in layer.statistics.values()):
+            raise PrunerError(
+                f"calibration inputs of layer {layer.name} hold NaN or infinity: look for damaged weights before it, "
+                f"or run the model in a wider dtype"
+            )
         raise PrunerError(
             f"scores of layer {layer.name} hold NaN or infinity: its weights or its calibration are damaged"
         )

@@ -204,6 +204,8 @@ class _Run:
         """Stores the state after the last finished stage, or in a stage that is about to train."""
         if self.work is None:
             return
+        if not training and all(done.stage == "calibrate" for done in self.recipe.stages[: self.finished]):
+            return  # nothing that a resumed run would not do again
         state, label = self.state, f"{self.finished}{'t' if training else ''}"
         weights, masks = self.saved.get("weights"), self.saved.get("masks")
         if state.changed:

@@ -26,9 +26,13 @@ def run(stage: CalibrateStage, state: State) -> None:
     with state.progress.task("reading calibration data"):
         samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
     count = min(stage.samples, len(samples.dataset))
+    if count < stage.samples:
+        state.note(f"calibrate: the data hold {count} samples, fewer than the {stage.samples} asked for")
     rows = [range(start, min(start + stage.batch, count)) for start in range(0, count, stage.batch)]
     if isinstance(settings, PruneStage):  # it walks through the model itself, one transformer block at a time
         state.calibration = [batch_of(samples, part) for part in rows]
+        if "hessian" in pruner.requires:
+            _compare_with_widths(settings, state)
         return
     layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
     order_units(
@@ -43,6 +47,23 @@ def run(stage: CalibrateStage, state: State) -> None:
 
         collect_statistics(state.model, layers, pruner, batches(), state.device)
     state.statistics = {layer.name: layer.statistics for layer in layers}
+
+
+def _compare_with_widths(settings: Pruning, state: State) -> None:
+    """Says so where there are fewer tokens than a layer has inputs, and second moments of these are singular."""
+    tokens = 0
+    for batch in state.calibration or ():
+        counted = batch.get("attention_mask", batch.get("input_ids"))
+        if counted is None:
+            return
+        tokens += int(counted.sum()) if "attention_mask" in batch else counted.numel()
+    layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
+    widest = max(layers, key=lambda layer: layer.shape[1])
+    if tokens < widest.shape[1]:
+        state.note(
+            f"calibrate: {tokens} tokens are fewer than the {widest.shape[1]} inputs of layer {widest.name}: its "
+            f"Hessian is singular, and only the damping makes it usable; give more data"
+        )
 
 
 def next_pruning(recipe: Recipe, index: int) -> tuple[int, Pruning]:
