@@ -39,7 +39,7 @@ class Wanda(Pruner):
     name = "wanda"
     requires = frozenset({"input_sq"})
 
-    def __init__(self, norm: str = "l2", relative: bool = True) -> None:
+    def __init__(self, norm: str = "l1", relative: bool = True) -> None:
         if norm not in NORMS:
             raise PrunerError(f"norm {norm!r} is unknown: choose one of {', '.join(NORMS)}")
         self.norm = norm

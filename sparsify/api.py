@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import ConfigError
-from sparsify.recipe import Pruning, Recipe
+from sparsify.recipe import PruneStage, Recipe
 from sparsify.recipe_faults import describe, from_pydantic
 from sparsify.scopes import Scope
 
@@ -81,6 +81,7 @@ def prune(
     permute: bool = False,
     convert: bool = True,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    reconstruct: int = 0,
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
     **options: Any,
@@ -107,6 +108,8 @@ def prune(
         convert: Swap the layers for block-sparse ones at once. If false, removed blocks are zeros in dense weights,
             and training should hold them there (`sparsify.masking.mask_model(model, result.masks)`).
         calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
+        reconstruct: Steps in which each transformer block's kept weights are then trained, on `calibration`, to put
+            out what the dense block did (see `sparsify.reconstruction`); a few hundred are enough.
         cache: Folder for the scores of such pruners: another sparsity, scope or bound with the same model, data and
             options starts from them, and an interrupted call goes on where it stopped.
         device: Where such pruners compute. Give the GPU for a model on the CPU that is larger than it: one
@@ -145,17 +148,27 @@ def prune(
         targets=targets,
         ignore=ignore,
         permute=permute,
+        reconstruct=reconstruct,
     )
+    if reconstruct and calibration is None:
+        raise ConfigError("reconstruct needs calibration data: give `calibration`")
     limits = budget(settings)
     pruner, selection = prepare(model, settings, walks=calibration is not None)
     permuted: list[Permuted] = []
     if permute:
         names = {layer.name for layer in selection.layers}
         permuted = reorder(model, shape, sparsity, weights=names)
-    if calibration is not None and needs_calibration(pruner):
+    if calibration is not None and (reconstruct or needs_calibration(pruner)):
         store = None if cache is None else WalkCache(cache)
         masks = prune_in_walks(
-            model, pruner, selection.layers, limits, calibration, device=device, cache=store
+            model,
+            pruner,
+            selection.layers,
+            limits,
+            calibration,
+            reconstruct=reconstruct,
+            device=device,
+            cache=store,
         )
     else:
         masks = prune_layers(pruner, selection.layers, limits)
@@ -430,14 +443,14 @@ def evaluate(
     return {"task": meant, "columns": columns, "paths": paths, "notes": notes, "environment": environment()}
 
 
-def _settings(**values: Any) -> Pruning:
+def _settings(**values: Any) -> PruneStage:
     values = {
         key: list(value) if isinstance(value, (list, tuple)) else value for key, value in values.items()
     }
     try:
-        return Pruning(**values)
+        return PruneStage(stage="prune", **values)
     except ValidationError as error:
-        raise ConfigError(describe(from_pydantic(error, Pruning), None)) from error
+        raise ConfigError(describe(from_pydantic(error, PruneStage), None)) from error
 
 
 def _attach(model: nn.Module) -> None:

@@ -141,7 +141,7 @@ def _show_linear(
     module: nn.Module, layers: list[PrunableLayer], pruner: Pruner, inputs: list[Any], masks: list[Tensor]
 ) -> None:
     tokens = inputs[0]
-    valid = _valid(tokens, masks)
+    valid = valid_tokens(tokens, masks)
     pruner.calibrate(layers[0], tokens[valid] if valid is not None else tokens.flatten(0, -2))
 
 
@@ -149,7 +149,7 @@ def _show_experts(
     module: nn.Module, layers: list[PrunableLayer], pruner: Pruner, inputs: list[Any], masks: list[Tensor]
 ) -> None:
     tokens, routed = inputs[0], inputs[1]
-    valid = _valid(tokens, masks)
+    valid = valid_tokens(tokens, masks)
     if valid is not None:
         tokens, routed = tokens[valid], routed[valid]
     names = projections(module)
@@ -170,8 +170,13 @@ def _hidden(module: Any, projection: str, expert: int, tokens: Tensor) -> Tensor
     return module._apply_gate(hidden) if gated else module.act_fn(hidden)
 
 
-def _valid(tokens: Tensor, masks: list[Tensor]) -> Tensor | None:
-    """The one mask that fits `tokens` `(..., K)`, in the shape of its leading dimensions; `None` if none does."""
+def valid_tokens(tokens: Tensor, masks: list[Tensor]) -> Tensor | None:
+    """Which of `tokens` `(..., K)` are no padding, bool in the shape of `...`; `None` if no mask fits, or several.
+
+    Args:
+        tokens: Activations.
+        masks: The batch's padding masks (see `padding_masks`).
+    """
     lead = tokens.shape[:-1]
     fitting = [mask for mask in masks if mask.shape == lead or lead == (mask.numel(),)]
     if not fitting or any(not torch.equal(fitting[0], other) for other in fitting[1:]):

@@ -162,7 +162,8 @@ class _Run:
         with self.progress.task(f"loading {recipe.model}"):
             # A new head is random until a stage trains it; without such a stage nothing would.
             complete = not any(stage.stage == "finetune" for stage in recipe.stages)
-            model = reader.load(source, device, dtype, task, recipe.trust_remote_code, complete)
+            home = torch.device("cpu") if recipe.offload else device
+            model = reader.load(source, home, dtype, task, recipe.trust_remote_code, complete)
             reader.check_weights(model)
             processor = reader.load_processor(recipe.model, recipe.trust_remote_code)
         state = State(

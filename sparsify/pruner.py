@@ -58,7 +58,8 @@ class PrunableLayer:
     module_class: str = ""
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
-    def _matrix(self, tensor: Tensor) -> Tensor:
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The view `(N, K)` of the layer in a tensor that is laid out as `parameter` is."""
         matrix = tensor if self.index is None else tensor[self.index]
         return matrix.t() if self.transposed else matrix
 
@@ -70,7 +71,7 @@ class PrunableLayer:
     @property
     def weight(self) -> Tensor:
         """The matrix `(N, K)` = `(out_features, in_features)`, detached; writing to it writes to the parameter."""
-        return self._matrix(self.parameter.detach())
+        return self.matrix(self.parameter.detach())
 
     @property
     def grad(self) -> Tensor | None:
@@ -78,7 +79,7 @@ class PrunableLayer:
 
         Under a mask it is the gradient of the effective (masked) weight, pruned blocks included.
         """
-        return None if self.parameter.grad is None else self._matrix(self.parameter.grad)
+        return None if self.parameter.grad is None else self.matrix(self.parameter.grad)
 
     @property
     def shape(self) -> tuple[int, int]:

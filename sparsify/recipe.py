@@ -207,9 +207,15 @@ class CalibrateStage(Strict):
 
 
 class PruneStage(Pruning):
-    """Scores the blocks once and fixes the masks."""
+    """Scores the blocks once and fixes the masks.
+
+    Attributes:
+        reconstruct: Steps in which each transformer block's kept weights are then trained, alone, to put out what the
+            dense block did; needs a `calibrate` stage before. 0 for none.
+    """
 
     stage: Literal["prune"]
+    reconstruct: int = Field(default=0, ge=0)
 
 
 class FinetuneStage(Strict):
@@ -318,6 +324,8 @@ class Recipe(Strict):
         task: What the model is for; decides its head, its loss and its quality measure. `auto` reads the checkpoint.
         device: `auto` (GPU if there is one), or any torch device.
         dtype: `auto` (the checkpoint's), or a torch dtype's name.
+        offload: Keep the model in main memory while it is pruned with calibration data, and bring one transformer
+            block at a time to the device; for models larger than the GPU. What is packed then moves to the device.
         seed: Seed of everything random.
         trust_remote_code: Run the Python code that a checkpoint brings with it.
         data: Data for `finetune`, `evaluate` and `calibrate`.
@@ -335,6 +343,7 @@ class Recipe(Strict):
     task: Task = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    offload: bool = False
     seed: int = Field(default=0, ge=0)
     trust_remote_code: bool = False
     data: Data = Field(default_factory=Data)
@@ -398,6 +407,7 @@ class Recipe(Strict):
         data: str | None,
         length: int = 512,
         dense_where_slower: str = "auto",
+        samples: int = 128,
         **values: Any,
     ) -> Recipe:
         """The recipe of `sparsify prune`: prune once, pack, report.
@@ -408,6 +418,7 @@ class Recipe(Strict):
             data: File, folder or `datasets` name to calibrate with, if the pruner needs that.
             length: Tokens in one sample of that data.
             dense_where_slower: Of the convert stage.
+            samples: How many of them.
             **values: Top-level keys of the recipe.
 
         Raises:
@@ -428,7 +439,7 @@ class Recipe(Strict):
                 else {"name": spec.name, "config": spec.config}
             )
             recipe["data"] = {"calibration": {**place, "length": length}}
-            stages.insert(0, {"stage": "calibrate"})
+            stages.insert(0, {"stage": "calibrate", "samples": samples})
         return cls.from_dict(recipe, [f"prune.options.{option}" for option in options], values)
 
     def to_yaml(self) -> str:

@@ -175,6 +175,8 @@ def order_faults(data: Mapping[str, Any]) -> list[Fault]:
                 index,
                 "nothing can be pruned once the weights are packed; move this stage before the conversion",
             )
+        if stage.get("reconstruct") and "calibrate" not in names[:index]:
+            fault(index, "reconstruct needs a calibrate stage before it (--data)", "reconstruct")
         if name == "calibrate":
             if not any(prunes[index + 1 :]):
                 fault(index, "no later stage prunes, so nothing would use the statistics")

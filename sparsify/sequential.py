@@ -5,9 +5,10 @@ split once every score is known:
 
 1. over the dense model: statistics and scores of every layer. No weight changes. Scores are kept in the cache, so that
    another sparsity, scope or bound starts from them, and an interrupted walk goes on behind the last finished block;
-2. only for pruners that adjust weights: the masks are fixed, and each layer is adjusted to the inputs that the pruned
-   layers before it give. Within a block, layers that share an input go together, in the order in which they run, and
-   statistics are of one such group. Finished blocks are kept in the cache until the walk is over.
+2. only if kept weights change: the masks are fixed, and each layer is adjusted to the inputs that the pruned layers
+   before it give. Within a block, layers that share an input go together, in the order in which they run, and
+   statistics are of one such group. Then the whole block is reconstructed (`sparsify.reconstruction`), if wanted.
+   Finished blocks are kept in the cache until the walk is over.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from sparsify.calibration import needs_calibration
 from sparsify.errors import PrunerError
 from sparsify.progress import Progress
 from sparsify.pruner import PrunableLayer, Pruner
-from sparsify.walk import Batch, Walk
+from sparsify.reconstruction import reconstruct as reconstruct_block
+from sparsify.walk import Batch, Block, Walk
 from sparsify.walk_cache import WalkCache
 
 
@@ -37,6 +39,7 @@ def prune_in_walks(
     budget: Budget,
     batches: Iterable[Mapping[str, Any]],
     *,
+    reconstruct: int = 0,
     device: torch.device | str | None = None,
     cache: WalkCache | None = None,
     progress: Progress | None = None,
@@ -51,6 +54,7 @@ def prune_in_walks(
         layers: What to prune.
         budget: How much.
         batches: Calibration data: keyword arguments of the model's forward pass.
+        reconstruct: Steps of training for each block after its masks are set, on these batches.
         device: Where to compute. A model on another device (one on the CPU that is larger than the GPU) is brought
             there one block at a time, and activations wait on the CPU. Default: where the model is.
         cache: Where scores and finished blocks are kept.
@@ -71,8 +75,16 @@ def prune_in_walks(
         key = _fingerprint(model, pruner, layers, data) if cache is not None else ""
         scores = _score(walk, pruner, cache, key, progress)
         masks = budget.masks(scores, layers)
-        if pruner.compensates:
-            _update(walk, pruner, masks, cache, _fingerprint_of_masks(key, masks), progress)
+        if pruner.compensates or reconstruct:
+            _update(
+                walk,
+                pruner,
+                masks,
+                reconstruct,
+                cache,
+                _fingerprint_of_masks(key, masks, reconstruct),
+                progress,
+            )
             return masks
     for layer in layers:
         remove_blocks(layer, masks[layer.name])
@@ -123,34 +135,58 @@ def _update(
     walk: Walk,
     pruner: Pruner,
     masks: Mapping[str, BlockMask],
+    steps: int,
     cache: WalkCache | None,
     key: str,
     progress: Progress,
 ) -> None:
     """The second walk: adjusts and zeroes the weights of one block after the other."""
-    by_name = {layer.name: layer for layer in walk.layers}
     with progress.task("adjusting weights", len(walk.names)) as advance:
-        walk.compares = pruner.compares
+        walk.compares = pruner.compares or steps > 0
         for block in walk:
-            done = cache.read(f"{key}/{block.name or 'model'}") if cache is not None else None
-            for group in block.groups() if done is None else ():
-                for layer in group:
-                    layer.statistics.clear()
-                if needs_calibration(pruner):
-                    block.show(pruner, group)
-                for layer in group:
-                    pruner.update_weights(layer, masks[layer.name])
-                    remove_blocks(layer, masks[layer.name])
-                    layer.statistics.clear()
+            entry = f"{key}/{block.name or 'model'}"
+            parameters = _parameters(block)
+            done = cache.read(entry) if cache is not None else None
+            if done is None:
+                _adjust(block, pruner, masks)
+                if steps and block.dense_calls:
+                    found = reconstruct_block(block, masks, steps)
+                    progress.note(f"{found.block}: output error {found.before:.2%} -> {found.after:.2%}")
+                if cache is not None:
+                    cache.write(
+                        entry, {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+                    )
             for name, weight in (done or {}).items():
-                by_name[name].weight.copy_(weight)
-            if cache is not None and done is None:
-                weights = {layer.name: layer.weight.cpu().contiguous() for layer in block.layers}
-                cache.write(f"{key}/{block.name or 'model'}", weights)
+                parameters[name].copy_(weight)
             block.advance()
             advance(text=block.name)
     if cache is not None:
         cache.remove(key)
+
+
+def _adjust(block: Block, pruner: Pruner, masks: Mapping[str, BlockMask]) -> None:
+    """Lets the pruner adjust the layers of one block, and removes what their masks remove."""
+    if not pruner.compensates:
+        for layer in block.layers:
+            remove_blocks(layer, masks[layer.name])
+        return
+    for group in block.groups():
+        for layer in group:
+            layer.statistics.clear()
+        if needs_calibration(pruner):
+            block.show(pruner, group)
+        for layer in group:
+            pruner.update_weights(layer, masks[layer.name])
+            remove_blocks(layer, masks[layer.name])
+            layer.statistics.clear()
+
+
+def _parameters(block: Block) -> dict[str, nn.Parameter]:
+    """What may change in a block, by name: all of it; in the role of a block, of the model only what is pruned."""
+    if block.name:
+        return dict(block.module.named_parameters())
+    pruned = {id(layer.parameter) for layer in block.layers}
+    return {name: p for name, p in block.module.named_parameters() if id(p) in pruned}
 
 
 def _keep_small(layer: PrunableLayer) -> list[tuple[str, Tensor]]:
@@ -180,8 +216,8 @@ def _fingerprint(
     return digest.hexdigest()[:16]
 
 
-def _fingerprint_of_masks(key: str, masks: Mapping[str, BlockMask]) -> str:
-    digest = hashlib.sha256()
+def _fingerprint_of_masks(key: str, masks: Mapping[str, BlockMask], steps: int) -> str:
+    digest = hashlib.sha256(str(steps).encode())
     for name, mask in masks.items():
         digest.update(name.encode())
         _add(digest, mask.keep)

@@ -13,7 +13,7 @@ block that one forward pass uses twice, comes last, with the whole model in the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration import padding_masks, showing
+from sparsify.calibration import padding_masks, showing, valid_tokens
 from sparsify.errors import PrunerError
 from sparsify.pruner import PrunableLayer, Pruner
 
@@ -62,8 +62,7 @@ class Walk:
         device: Where to compute, and where a model that is elsewhere is brought block by block.
 
     Attributes:
-        compares: Whether a second stream of activations goes along: those of the model as it was. Then layers also
-            get the statistic `cross`.
+        compares: Whether a second stream of activations goes along: those of the model as it was.
     """
 
     def __init__(
@@ -217,7 +216,8 @@ class Walk:
             module = self.model.get_submodule(name)
 
             def enter(module: nn.Module, args: Any, name: str = name) -> None:
-                module.to(self.device)
+                if name != self._held:
+                    module.to(self.device)
 
             def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 if name != self._held:
@@ -250,7 +250,7 @@ class Block:
         outputs: Its outputs once it has been run for the last time.
         dense_calls: Its inputs in the dense model, where the walk compares.
         dense_outputs: Its outputs there.
-        dense_weights: Its parameters there, as far as they change.
+        dense_weights: Its parameters there.
     """
 
     name: str
@@ -265,11 +265,8 @@ class Block:
 
     def keep_dense(self, calls: list[_Call]) -> None:
         """Keeps what the block is before it is pruned, and its inputs in the dense model."""
-        owned = {id(layer.parameter) for layer in self.layers}
         self.dense_calls = calls
-        self.dense_weights = {
-            n: p.detach().clone() for n, p in self.module.named_parameters() if id(p) in owned
-        }
+        self.dense_weights = {n: p.detach().clone() for n, p in self.module.named_parameters()}
 
     def groups(self) -> list[list[PrunableLayer]]:
         """Its layers in the order in which they run; those that are called with the same tensor together.
@@ -314,8 +311,24 @@ class Block:
         return groups
 
     def show(self, pruner: Pruner, layers: Sequence[PrunableLayer]) -> None:
-        """Runs the block and calls `pruner.calibrate` with the inputs of `layers`."""
+        """Runs the block and calls `pruner.calibrate` with the inputs of `layers`.
+
+        If the pruner `compares`, and the walk does, layers also get the statistic `cross`.
+        """
         self._pass(pruner, layers, keep=False)
+
+    def output(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the block puts out for batch `index`, with its own parameters or with `weights` in their place."""
+        return self._run(self.calls[index], weights)
+
+    def dense_output(self, index: int) -> Tensor:
+        """What the block puts out for batch `index` in the dense model."""
+        return self._run(self.dense_calls[index], self.dense_weights).to(self.walk.store)
+
+    def valid(self, index: int, output: Tensor) -> Tensor:
+        """Which tokens of an output `(..., K)` of batch `index` are no padding, bool in the shape of `...`."""
+        found = valid_tokens(output, self.calls[index].masks)
+        return output.new_ones(output.shape[:-1], dtype=torch.bool) if found is None else found
 
     def advance(self, pruner: Pruner | None = None) -> None:
         """Runs the block for the last time, so that its outputs take the place of its inputs.
@@ -333,15 +346,16 @@ class Block:
         dense_outputs: list[Tensor] = []
         with ExitStack() as stack:
             masks: list[Tensor] = []
-            shown = _Both(pruner) if self.dense_calls and pruner is not None else pruner
+            both = pruner is not None and pruner.compares and bool(self.dense_calls)
+            shown = _Both(pruner) if both and pruner is not None else pruner
             if pruner is not None and shown is not None and layers:
                 share = type(pruner).calibrate is Pruner.calibrate
                 masks = stack.enter_context(showing(self.walk.model, layers, shown, share))
             for index, call in enumerate(self.calls):
                 masks[:] = call.masks
-                if self.dense_calls:
+                if self.dense_calls and (keep or both):
                     with shown.looking_at_dense() if isinstance(shown, _Both) else nullcontext():
-                        output = self._run(self.dense_calls[index], dense=True)
+                        output = self._run(self.dense_calls[index], self.dense_weights)
                     if keep:
                         dense_outputs.append(output.to(self.walk.store))
                         self.dense_calls[index] = _Call([], {}, [])
@@ -352,17 +366,17 @@ class Block:
         if keep:
             self.outputs, self.dense_outputs = outputs, dense_outputs
 
-    def _run(self, call: _Call, dense: bool = False) -> Tensor:
+    def _run(self, call: _Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(self.walk.device)
             return type(value)(map(moved, value)) if type(value) in (tuple, list) else value
 
         args, kwargs = tuple(map(moved, call.args)), {k: moved(v) for k, v in call.kwargs.items()}
-        if dense:
-            output = torch.func.functional_call(self.module, self.dense_weights, args, kwargs)
-        else:
+        if weights is None:
             output = self.module(*args, **kwargs)
+        else:
+            output = torch.func.functional_call(self.module, dict(weights), args, kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 

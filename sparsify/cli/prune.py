@@ -61,6 +61,20 @@ def prune(
         str | None, typer.Option("--data", help="Calibration data, for pruners that look at layer inputs.")
     ] = None,
     length: Annotated[int, typer.Option("--length", help="Tokens in one sample of --data.")] = 512,
+    samples: Annotated[int, typer.Option("--samples", help="Samples of --data to use.")] = 128,
+    reconstruct: Annotated[
+        int,
+        typer.Option(
+            "--reconstruct",
+            help="Steps that each transformer block is then trained for, alone, to do what it did (with --data).",
+        ),
+    ] = 0,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload", help="Keep the model in main memory, one transformer block at a time on the GPU."
+        ),
+    ] = False,
     dense_where_slower: Annotated[
         str,
         typer.Option(
@@ -91,6 +105,7 @@ def prune(
         "targets": target or None,
         "ignore": ignore or None,
         "permute": permute,
+        "reconstruct": reconstruct,
     }
     recipe = Recipe.oneshot(
         pruning,
@@ -98,6 +113,8 @@ def prune(
         data,
         length,
         dense_where_slower,
+        samples,
+        offload=offload,
         model=model,
         out=str(out),
         device=device,

@@ -18,7 +18,8 @@ def run(stage: CalibrateStage, state: State) -> None:
     """Reads calibration samples; if the next pruner works during training, keeps what it wants to know of them."""
     index, settings = next_pruning(state.recipe, state.index)
     pruner = make_pruner(settings)
-    if not needs_calibration(pruner):
+    reconstructs = isinstance(settings, PruneStage) and settings.reconstruct > 0
+    if not needs_calibration(pruner) and not reconstructs:
         state.note(f"calibrate: pruner {settings.method!r} asks for no statistics, nothing to do")
         return
     spec = state.recipe.data.calibration

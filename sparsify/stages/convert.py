@@ -16,6 +16,8 @@ def run(stage: ConvertStage, state: State) -> None:
     if stage.format == "block_sparse":
         choose(state, stage.dense_where_slower)
         pack(state)
+    if state.recipe.offload:
+        state.model.to(state.device)  # what is packed is smaller
 
 
 def choose(state: State, dense_where_slower: str) -> None:

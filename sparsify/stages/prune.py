@@ -29,15 +29,16 @@ def run(stage: PruneStage, state: State) -> None:
     pruner, selection = prepare(state.model, stage, state.statistics, walks=batches is not None)
     order_units(stage, state, selection.layers, state.index)
     # Masks alone describe what happened, unless the kept weights change or zeros of earlier masks come back.
-    state.changed |= pruner.compensates or bool(state.masks)
+    state.changed |= pruner.compensates or stage.reconstruct > 0 or bool(state.masks)
     limits = budget(stage)
-    if batches is not None and needs_calibration(pruner):
+    if batches is not None and (stage.reconstruct or needs_calibration(pruner)):
         masks = prune_in_walks(
             state.model,
             pruner,
             selection.layers,
             limits,
             batches,
+            reconstruct=stage.reconstruct,
             device=state.device,
             cache=state.cache,
             progress=state.progress,
