@@ -18,7 +18,7 @@ from sparsify import measure
 from sparsify.blocks import BlockMask
 from sparsify.checkpoint import reader, writer
 from sparsify.checkpoint.format import REPORT_FILE
-from sparsify.errors import OutputError
+from sparsify.errors import OutputError, SparsifyError
 from sparsify.layers.swap import masks_of
 from sparsify.plan import Plan, make_plan, resolve_device, writes
 from sparsify.progress import Progress
@@ -84,10 +84,16 @@ def run(
     work = _work_folder(recipe, force, resume)
     if work is not None and resume and not work.exists:
         progress.note("nothing to resume: starting from the beginning")
+    started: _Run | None = None
     try:
-        return _Run(recipe, plan, work, progress).run(force)
+        started = _Run(recipe, plan, work, progress)
+        return started.run(force)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(work)) from None
+    except SparsifyError:
+        if work is not None and started is not None and not started.lasting:
+            work.remove()
+        raise
     finally:
         if work is not None and not work.exists:
             work.remove()
@@ -129,6 +135,12 @@ class _Run:
         while self.finished and recipe.stages[self.finished - 1].stage == "calibrate":
             self.finished -= 1
         self.state = self._start()
+
+    @property
+    def lasting(self) -> bool:
+        """Whether a run that goes on from here is spared anything; calibration is repeated."""
+        done = self.recipe.stages[: self.finished]
+        return any(stage.stage != "calibrate" for stage in done) or bool(self.saved.get("trainer"))
 
     def run(self, force: bool) -> RunResult:
         """The stages that are not finished yet, then the output."""
@@ -205,8 +217,6 @@ class _Run:
         """Stores the state after the last finished stage, or in a stage that is about to train."""
         if self.work is None:
             return
-        if not training and all(done.stage == "calibrate" for done in self.recipe.stages[: self.finished]):
-            return  # nothing that a resumed run would not do again
         state, label = self.state, f"{self.finished}{'t' if training else ''}"
         weights, masks = self.saved.get("weights"), self.saved.get("masks")
         if state.changed:

@@ -7,8 +7,8 @@ It is called with the layers, their scores `(R, C)` by layer name, and the `spar
 are made; during training that is every step, with the sparsity of that step in `budget.sparsity`. It returns one
 density for each layer, 0 to 1, in the order of the layers or by their names. They are taken as they are: their mean,
 weighted by the layers' sizes, is what the budget keeps, and each is within its floor and ceiling, or there is an error.
-`budget.fit` brings any proportions to that. Statistics of layer inputs that it reads are named in its attribute
-`requires`, as a pruner's are.
+`budget.fit` brings any proportions to that. If it reads the layers' statistic `input_sq`, its attribute `requires` says
+so, `{"input_sq"}`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsify import custom
 from sparsify.errors import ConfigError, SparsifyError
-from sparsify.pruner import STATISTICS, PrunableLayer
+from sparsify.pruner import PrunableLayer
 
 if TYPE_CHECKING:
     from sparsify.allocation import Budget
@@ -72,9 +72,9 @@ def requires(scope: Scope) -> frozenset[str]:
     if scope == "outlier":
         return frozenset({"input_sq"})
     wanted = getattr(function_of(scope), "requires", frozenset())
-    if not isinstance(wanted, (set, frozenset)) or not wanted <= STATISTICS:
+    if not isinstance(wanted, (set, frozenset)) or not wanted <= {"input_sq"}:
         raise ConfigError(
-            f"scope {name_of(scope)!r} has requires = {wanted!r}: it must be a set of {', '.join(sorted(STATISTICS))}"
+            f"scope {name_of(scope)!r} has requires = {wanted!r}: a scope can ask for {{'input_sq'}} alone"
         )
     return frozenset(wanted)
 

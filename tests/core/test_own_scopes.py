@@ -37,6 +37,11 @@ by_input.requires = {"input_sq"}
 def fails(layers, scores, budget):
     return 1 / 0
 
+def greedy(layers, scores, budget):
+    return [0.5] * len(layers)
+
+greedy.requires = {"hessian"}
+
 def short(layers, scores, budget):
     return [0.5]
 
@@ -221,6 +226,10 @@ def test_fit_says_why_it_cannot(proportions, message):
     [
         (["--scope", "test_my_scopes:nothing"], "cannot find scope 'test_my_scopes:nothing'"),
         (["--scope", "no_such_scopes:nothing"], "cannot import scope 'no_such_scopes:nothing'"),
+        (
+            ["--scope", "test_my_scopes:greedy"],
+            "has requires = {'hessian'}: a scope can ask for {'input_sq'} alone",
+        ),
         (["--scope", "test_my_scopes:NOT_ONE"], "is not a scope: it must be a function"),
         (
             ["--scope", "test_my_scopes:fails"],
