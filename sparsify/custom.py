@@ -38,8 +38,13 @@ def find(name: str, what: str, kind: type[SparsifyError]) -> Any:
 
 
 def described(error: Exception) -> str:
-    """An exception in one line: its class, its text, and the place that raised it."""
+    """An exception that called code raised, in one line: its class, its text, and the last line of that code's file.
+
+    Args:
+        error: As caught by the function that made the call.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    own = [frame for frame in frames if len(frames) > 1 and frame.filename == frames[1].filename]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

@@ -24,6 +24,8 @@ README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 SCOPES = """
+import json
+
 def deeper_is_denser(layers, scores, budget):
     depth = [int(layer.name.split("layers.")[1].split(".")[0]) for layer in layers]
     return budget.fit(layers, [1 + d for d in depth])
@@ -36,6 +38,12 @@ by_input.requires = {"input_sq"}
 
 def fails(layers, scores, budget):
     return 1 / 0
+
+def deep(layers, scores, budget):
+    return json.loads("{")
+
+def arguments(layers, scores):
+    return [0.5] * len(layers)
 
 def greedy(layers, scores, budget):
     return [0.5] * len(layers)
@@ -233,7 +241,7 @@ def test_fit_says_why_it_cannot(proportions, message):
         (["--scope", "test_my_scopes:NOT_ONE"], "is not a scope: it must be a function"),
         (
             ["--scope", "test_my_scopes:fails"],
-            "scope 'test_my_scopes:fails' failed: ZeroDivisionError: division by zero (test_my_scopes.py, line 13)",
+            "scope 'test_my_scopes:fails' failed: ZeroDivisionError: division by zero (test_my_scopes.py, line 15)",
         ),
         (
             ["--scope", "test_my_scopes:short"],
