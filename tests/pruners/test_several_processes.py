@@ -24,6 +24,7 @@ from sparsify.masking import load_masks, save_masks, unmask
 from sparsify.pruner import create_pruner
 from sparsify.targets import select
 from sparsify.training.pruning_callback import PruningCallback
+from sparsify.training.sharding import gathered
 
 RANKS, STEPS, BATCH = 2, 20, 8
 BLOCK = BlockShape(8, 8)
@@ -117,6 +118,25 @@ def train_sharded(method: str, mesh: Any) -> tuple[nn.Module, Watch]:
     return model, callback
 
 
+def train_plainly(mesh: Any) -> tuple[nn.Module, dict[str, BlockMask]]:
+    """The six lines of docs/pruners.md, with the weights gathered where they are sharded."""
+    model = make_model()
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    batches = tokens().split(BATCH)
+    pruner, layers, budget = create_pruner("group_lasso"), select(model, BLOCK).layers, Budget(0.6)
+    with gathered(layers):
+        pruner.begin(layers, budget)
+    for step, batch in enumerate(batches):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        with gathered(layers, write=True):
+            pruner.after_step(layers, (step + 1) / len(batches))
+    with gathered(layers):
+        return model, budget.masks({layer.name: pruner.score(layer) for layer in layers}, layers)
+
+
 def rank_main(mode: str, rank: int, folder: Path) -> None:
     if mode == "ddp":
         for method in PRUNERS:
@@ -141,6 +161,11 @@ def rank_main(mode: str, rank: int, folder: Path) -> None:
             assert torch.equal(got.full_tensor(), expected)
         save_masks(folder / f"{method}-{rank}.safetensors", callback.masks)
         print(method, callback.changes)
+    model, masks = train_plainly(mesh)
+    whole, expected_masks = train_plainly(None)
+    assert all(torch.equal(mask.keep, expected_masks[name].keep) for name, mask in masks.items())
+    for got, expected in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(got.full_tensor(), expected)
     distributed.destroy_process_group()
 
 
