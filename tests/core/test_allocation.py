@@ -210,7 +210,7 @@ def test_a_layer_without_scores_is_named():
         ({"sparsity": 1.0}, "sparsity 1.0 is out of range"),
         ({"sparsity": -0.1}, "sparsity -0.1 is out of range"),
         ({"sparsity": math.nan}, "sparsity nan is out of range"),
-        ({"sparsity": 0.5, "scope": "model"}, "scope 'model' is unknown: choose one of layer, row, global, "),
+        ({"sparsity": 0.5, "scope": "model"}, "scope 'model' is unknown: choose one of global, layer, row, "),
         ({"sparsity": 0.5, "floor": 1.5}, "floor 1.5 is out of range"),
         ({"sparsity": 0.5, "ceiling": -1}, "ceiling -1 is out of range"),
         ({"sparsity": 0.8, "floor": 0.3}, "floor 0.3 cannot be kept at sparsity 0.8"),
