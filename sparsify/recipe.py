@@ -194,7 +194,9 @@ class Search(Pruning):
     @model_validator(mode="after")
     def _phases(self) -> Search:
         if self.start >= self.until:
-            raise ValueError(f"start {self.start:g} is not before until {self.until:g}: no step is left to prune")
+            raise ValueError(
+                f"start {self.start:g} is not before until {self.until:g}: no step is left to prune"
+            )
         return self
 
 
