@@ -18,7 +18,7 @@ from sparsify.checkpoint.conversions import own_names
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.progress import Advance, Progress
 from sparsify.recipe import FinetuneStage
-from sparsify.training.samples import Samples
+from sparsify.training.samples import UNITS, Samples
 
 # Without `save_steps` and `logging_steps`: shares of the run between two checkpoints, and between two losses.
 SAVE_EVERY, LOG_EVERY = 0.1, 0.02
@@ -141,14 +141,14 @@ class _Trainer(Trainer):
 
     def __init__(self, samples: Samples, sparsity: Callable[[], float] | None, **options: Any) -> None:
         super().__init__(train_dataset=samples.dataset, data_collator=samples.collate, **options)
-        self._loss, self._sparsity = samples.loss, sparsity
-        self._tokens, self._since = 0, time.perf_counter()
+        self._samples, self._loss, self._sparsity = samples, samples.loss, sparsity
+        self._done, self._since = 0, time.perf_counter()
         if self._loss is not None:
             # The loss is a mean over one micro-batch; the Trainer divides it by their number only if told so.
             self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self._tokens += inputs["input_ids"].numel()
+        self._done += self._samples.size(inputs)
         if self._loss is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         return self._loss(model, inputs)
@@ -156,8 +156,8 @@ class _Trainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             now = time.perf_counter()
-            logs["tokens_per_second"] = self._tokens / (now - self._since)
-            self._tokens, self._since = 0, now
+            logs[f"{self._samples.unit}_per_second"] = self._done / (now - self._since)
+            self._done, self._since = 0, now
             if self._sparsity is not None:
                 logs["sparsity"] = self._sparsity()
         super().log(logs, *args, **kwargs)
@@ -193,7 +193,8 @@ class _Follow(TrainerCallback):
         yield f"rate {logs['learning_rate']:.1e}"
         if "sparsity" in logs:
             yield f"{logs['sparsity']:.0%} removed" + (f" of {self._target:.0%}" if self._target else "")
-        yield f"{logs['tokens_per_second']:,.0f} tokens/s"
+        for unit in UNITS & {key.removesuffix("_per_second") for key in logs}:
+            yield f"{logs[f'{unit}_per_second']:,.0f} {unit}/s"
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from sparsify.data import Source, causal_blocks, classification_samples, masked_
 from sparsify.errors import ConfigError, DataError
 
 Batch = dict[str, Tensor]
+# What the speed of a training is told in.
+UNITS = frozenset({"tokens", "samples"})
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,17 @@ class Samples:
         dataset: Rows in a fixed order.
         collate: Makes a batch of a list of rows.
         loss: Loss of a batch, a scalar; `None` where the model's own output has it.
+        unit: What `size` counts: `tokens`, or `samples` where the model takes none.
     """
 
     dataset: Any
     collate: Callable[[list[Any]], Any]
     loss: Callable[[nn.Module, Batch], Tensor] | None = None
+    unit: str = "tokens"
+
+    def size(self, batch: Batch) -> int:
+        """How many units a batch holds, padding included."""
+        return batch["input_ids"].numel() if self.unit == "tokens" else len(batch["labels"])
 
 
 def load_samples(spec: Source, processor: Any, model: nn.Module, task: str | None, seed: int = 0) -> Samples:
