@@ -129,9 +129,10 @@ def prune(
     from sparsify.calibration import needs_calibration
     from sparsify.layers import swap
     from sparsify.permutation import permute as reorder
+    from sparsify.preparation import budget, prepare
     from sparsify.pruner import create_pruner
     from sparsify.sequential import prune_in_walks
-    from sparsify.stages.prune import budget, prepare, prune_layers
+    from sparsify.stages.prune import prune_layers
     from sparsify.walk_cache import WalkCache
 
     shape = BlockShape.parse(block)
@@ -208,8 +209,8 @@ def score(
     Raises:
         SparsifyError: As `prune` does.
     """
+    from sparsify.preparation import prepare
     from sparsify.scoring import score_layers
-    from sparsify.stages.prune import prepare
 
     shape = BlockShape.parse(block)
     settings = _settings(method=method, options=options, block=shape, targets=targets, ignore=ignore)

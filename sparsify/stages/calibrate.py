@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from sparsify.calibration import collect_statistics, needs_calibration
+from sparsify.preparation import make_pruner
 from sparsify.recipe import CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
-from sparsify.stages.prune import make_pruner, order_units
+from sparsify.stages.prune import order_units
 from sparsify.stages.state import State
 from sparsify.targets import select
 from sparsify.training.samples import Samples, load_samples

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from sparsify import masking
 from sparsify.layers.swap import sparse_modules
+from sparsify.preparation import budget, prepare
 from sparsify.recipe import ConvertStage, FinetuneStage
 from sparsify.stages.convert import choose, pack
 from sparsify.stages.heal_choice import faster_form
-from sparsify.stages.prune import budget, order_units, prepare
+from sparsify.stages.prune import order_units
 from sparsify.stages.report import totals
 from sparsify.stages.state import State
 from sparsify.training.finetune import train
