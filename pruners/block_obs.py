@@ -30,7 +30,7 @@ not in order as SparseGPT (Frantar & Alistarh 2023) does, costs one Cholesky fac
 leaves no error of order.
 
 `H` is dampened by `damping` times its mean diagonal, more where that is not enough to invert it. Inverse and solution
-are float64; the emptying of rows, a K x K matrix at a time, is float32.
+are float64; the emptying of rows, a K x K matrix each and many rows together, is float32.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from sparsify.errors import PrunerError
 from sparsify.pruner import PrunableLayer, Pruner
 
 MOST_DAMPING = 10.0  # times the mean diagonal; beyond it the inputs would no longer matter
+WORKSPACE = 2**31  # bytes of inverses that are worked on together
 
 
 class BlockOBS(Pruner):
@@ -169,45 +170,56 @@ def _finite_weight(layer: PrunableLayer, like: Tensor) -> Tensor:
 
 
 def _empty_rows(weight: Tensor, inverse: Tensor, block: BlockShape, at_once: int) -> Tensor:
-    return torch.stack([empty_row(part, inverse, block.cols, at_once) for part in weight.split(block.rows)])
+    """Errors `(R, C)` of all blocks of a weight `(N, C * bi)`, as many block rows at a time as memory allows."""
+    rows = functional.pad(weight, (0, 0, 0, -weight.shape[0] % block.rows)).unflatten(0, (-1, block.rows))
+    chunk = max(1, WORKSPACE // (2 * inverse.nbytes))
+    return torch.cat([empty_rows(part, inverse, block.cols, at_once) for part in rows.split(chunk)])
 
 
-def empty_row(weight: Tensor, inverse: Tensor, width: int, at_once: int = 1) -> Tensor:
-    """Removes the blocks of one block row, the cheapest first, until none is left.
+def empty_rows(weight: Tensor, inverse: Tensor, width: int, at_once: int = 1) -> Tensor:
+    """Removes the blocks of each block row, the cheapest first, until none is left.
 
     Args:
-        weight: `(bo, C * width)`, one block row of the weight.
-        inverse: `(C * width, C * width)`, inverse of the Hessian of its inputs.
+        weight: `(R, bo, C * width)`, block rows of the weight.
+        inverse: `(C * width, C * width)`, inverse of the Hessian of their inputs.
         width: Columns of a block, `bi`.
-        at_once: Blocks that go before the errors of the others are estimated anew.
+        at_once: Blocks of a row that go before the errors of the others are estimated anew.
 
     Returns:
-        Error of each block when it went, `(C,)`, made non-decreasing in the order of removal.
+        Error of each block when it went, `(R, C)`, made non-decreasing in the order of removal.
     """
-    count = inverse.shape[0] // width
-    errors = weight.new_zeros(count)
-    left, worst = torch.arange(count, device=weight.device), weight.new_zeros(())
-    while left.numel():
-        blocks = weight.unflatten(1, (-1, width))  # (bo, c, bi)
-        own = inverse.unflatten(1, (-1, width)).unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2)
-        factor = torch.linalg.cholesky(own.permute(2, 0, 1))  # (c, bi, bi)
-        whitened = torch.linalg.solve_triangular(factor, blocks.permute(1, 2, 0), upper=False)
-        error = whitened.square().sum((1, 2))
-        order = error.argsort(stable=True)
-        gone, stay = order[:at_once], order[at_once:].sort().values
-        errors[left[gone]] = torch.maximum(error[gone], worst)
-        worst = torch.maximum(worst, error[gone].max())
-        left = left[stay]
-        if not left.numel():
+    count, size = len(weight), inverse.shape[0] // width
+    errors = weight.new_zeros(count, size)
+    left = torch.arange(size, device=weight.device).expand(count, -1)
+    worst = weight.new_zeros(count, 1)
+    inverse = inverse.expand(count, -1, -1)
+    each = torch.arange(count, device=weight.device)[:, None, None]
+    while left.shape[1]:
+        blocks = weight.unflatten(2, (-1, width))  # (R, bo, c, bi)
+        own = inverse.unflatten(2, (-1, width)).unflatten(1, (-1, width)).diagonal(dim1=1, dim2=3)
+        factor = torch.linalg.cholesky(own.permute(0, 3, 1, 2))  # (R, c, bi, bi)
+        whitened = torch.linalg.solve_triangular(factor, blocks.permute(0, 2, 3, 1), upper=False)
+        error = whitened.square().sum((2, 3))
+        order = error.argsort(dim=1, stable=True)
+        gone, stay = order[:, :at_once], order[:, at_once:].sort(dim=1).values
+        cost = torch.maximum(error.gather(1, gone), worst)
+        errors.scatter_(1, left.gather(1, gone), cost)
+        worst = cost.amax(1, keepdim=True)
+        left = left.gather(1, stay)
+        if not left.shape[1]:
             break
-        removed, kept = (_columns(index, width) for index in (gone, stay))
-        cross = inverse[kept[:, None], removed]  # (k, g)
-        solved = torch.cholesky_solve(cross.t(), torch.linalg.cholesky(inverse[removed[:, None], removed]))
-        weight = weight[:, kept] - weight[:, removed] @ solved
-        inverse = inverse[kept[:, None], kept].addmm_(cross, solved, alpha=-1)
+        removed, kept = _columns(gone, width), _columns(stay, width)
+        cross = inverse[each, kept[:, :, None], removed[:, None, :]]  # (R, k, g)
+        pivot = torch.linalg.cholesky(inverse[each, removed[:, :, None], removed[:, None, :]])
+        solved = torch.cholesky_solve(cross.mT, pivot)
+        lost = weight.gather(2, removed[:, None].expand(-1, weight.shape[1], -1))
+        weight = weight.gather(2, kept[:, None].expand(-1, weight.shape[1], -1)).baddbmm(
+            lost, solved, alpha=-1
+        )
+        inverse = inverse[each, kept[:, :, None], kept[:, None, :]].baddbmm_(cross, solved, alpha=-1)
     return errors
 
 
 def _columns(blocks: Tensor, width: int) -> Tensor:
-    """Columns that `blocks` cover, in order."""
-    return (blocks[:, None] * width + torch.arange(width, device=blocks.device)).flatten()
+    """Columns `(R, n * width)` that the blocks `(R, n)` of each row cover, in order."""
+    return (blocks[..., None] * width + torch.arange(width, device=blocks.device)).flatten(1)

@@ -228,17 +228,11 @@ class Worker:
         """A model pruned by a recipe that trains."""
         method = case.method.partition(",")[0]
         pruning = {"method": method, "block": case.block, "sparsity": case.sparsity}
-        finetune = {
-            "stage": "finetune",
-            "steps": STEPS,
-            "batch": BATCH,
-            "learning_rate": RATE,
-            "heal": "masked",
-        }
+        train = {"stage": "finetune", "steps": STEPS, "batch": BATCH, "learning_rate": RATE}
         if TRAINED[method]:
-            stages = [{**finetune, "pruner": {**pruning, "until": TRAINED[method]}}]
+            stages = [{**train, "pruner": {**pruning, "until": TRAINED[method]}}]
         else:
-            stages = [{"stage": "prune", **pruning}, finetune]
+            stages = [{"stage": "prune", **pruning}, {**train, "heal": "masked"}]
         with tempfile.TemporaryDirectory() as folder:
             recipe = {
                 "version": 1,

@@ -14,13 +14,14 @@ split once every score is known:
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import Budget
+from sparsify.allocation import Budget, checked_score
 from sparsify.blocks import BlockMask
 from sparsify.calibration import needs_calibration
 from sparsify.errors import PrunerError
@@ -29,6 +30,8 @@ from sparsify.pruner import PrunableLayer, Pruner
 from sparsify.reconstruction import reconstruct as reconstruct_block
 from sparsify.walk import Batch, Block, Walk
 from sparsify.walk_cache import WalkCache
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @torch.no_grad()
@@ -118,7 +121,10 @@ def _score(
                 block.advance()
             else:
                 block.advance(pruner)
-                found = {layer.name: pruner.score(layer).float().cpu() for layer in block.layers}
+                found = {}
+                for layer in block.layers:
+                    score = checked_score({layer.name: pruner.score(layer)}, layer)
+                    found[layer.name] = score.float().cpu()
                 scores |= found
                 small = {
                     f"{layer.name}:{key}": value
@@ -202,9 +208,7 @@ def _fingerprint(
 ) -> str:
     """What decides the scores, as a SHA-256: weights, pruner, options, layers, block shape and calibration data."""
     digest = hashlib.sha256()
-    digest.update(
-        repr((type(pruner).__module__, type(pruner).__qualname__, sorted(vars(pruner).items()))).encode()
-    )
+    digest.update(repr((type(pruner).__module__, type(pruner).__qualname__, _options(pruner))).encode())
     digest.update(repr([(layer.name, layer.shape, str(layer.block)) for layer in layers]).encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(name.encode())
@@ -214,6 +218,14 @@ def _fingerprint(
             digest.update(name.encode())
             _add(digest, value) if isinstance(value, Tensor) else digest.update(repr(value).encode())
     return digest.hexdigest()[:16]
+
+
+def _options(pruner: Pruner) -> list[tuple[str, str]]:
+    """A pruner's attributes as text that is the same in every process."""
+    return [
+        (name, repr(sorted(value)) if isinstance(value, (set, frozenset)) else _ADDRESS.sub("", repr(value)))
+        for name, value in sorted(vars(pruner).items())
+    ]
 
 
 def _fingerprint_of_masks(key: str, masks: Mapping[str, BlockMask], steps: int) -> str:
