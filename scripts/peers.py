@@ -13,17 +13,15 @@ an output, two. None of the results can be stored in blocks, and only `2:4` has 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import Budget
-from sparsify.blocks import BlockMask, BlockShape
-from sparsify.pruner import PrunableLayer, Pruner
-from sparsify.sequential import prune_in_walks
-from sparsify.targets import select
+import sparsify
+from sparsify import BlockMask, Pruner
+from sparsify.pruner import PrunableLayer
 
 GROUP = 128  # columns that SparseGPT chooses together
 DAMPING = 0.01
@@ -32,8 +30,8 @@ DAMPING = 0.01
 class Peer(Pruner):
     """Removes single weights when it is asked to adjust a layer; no block ever goes."""
 
-    def __init__(self, sparsity: float, pattern: str = "unstructured") -> None:
-        self.sparsity, self.pattern = sparsity, pattern
+    def __init__(self, share: float, pattern: str = "unstructured") -> None:
+        self.share, self.pattern = share, pattern
 
     def score(self, layer: PrunableLayer) -> Tensor:
         """Nothing to choose from: all blocks stay."""
@@ -54,7 +52,7 @@ class Peer(Pruner):
             order = groups.argsort(dim=2, stable=True)
             return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order[..., :2], True).flatten(1)
         flat = score if by_output else score.flatten()[None]
-        order = flat.argsort(dim=1, stable=True)[:, : round(self.sparsity * flat.shape[1])]
+        order = flat.argsort(dim=1, stable=True)[:, : round(self.share * flat.shape[1])]
         return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True).view_as(score)
 
 
@@ -97,13 +95,16 @@ PEERS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 
 
 def prune(
-    model: nn.Module,
-    method: str,
-    sparsity: float,
-    pattern: str,
-    batches: Sequence[Mapping[str, Any]] | Iterable[Mapping[str, Any]],
+    model: nn.Module, method: str, sparsity: float, pattern: str, batches: Iterable[Mapping[str, Any]]
 ) -> None:
     """Prunes the layers that `sparsify.prune` would prune, in place."""
-    # Any block shape that fits all layers will do: no block is removed.
-    layers = select(model, BlockShape(8, 8), None, None).layers
-    prune_in_walks(model, PEERS[method](sparsity, pattern), layers, Budget(0.0), batches)
+    sparsify.prune(
+        model,
+        method=f"{__name__}:{PEERS[method].__name__}",
+        block=8,  # any that fits all layers: no block is removed
+        sparsity=0.0,
+        calibration=batches,
+        convert=False,
+        share=sparsity,
+        pattern=pattern,
+    )

@@ -32,7 +32,8 @@ OUTSIDE = {"__init__", "__main__", "_autoload"}
 # Pruners are reached through their registry alone, and know the contract alone.
 PRUNER_MAY_IMPORT = {"pruner", "patterns", "blocks", "errors"}
 SCRIPT_MAY_IMPORT = {
-    "bench", "data", "measure", "patterns", "plots", "quality", "recipe", "sensitivity", "blocks", "errors", "kernels"
+    "bench", "data", "measure", "patterns", "plots", "pruner", "quality", "recipe", "sensitivity",
+    "blocks", "errors", "kernels",
 }  # fmt: skip
 
 
