@@ -48,7 +48,9 @@ _EXPORTS = {
     "BlockSparseExperts": "sparsify.layers.experts",
     "Pruner": "sparsify.pruner",
     "Recipe": "sparsify.recipe",
+    "SparsifyCallback": "sparsify.training.pruning_callback",
     "SparsifyError": "sparsify.errors",
+    "SparsifyLoop": "sparsify.training.sparsify_loop",
     "apply": "sparsify.api",
     "densify": "sparsify.api",
     "fuse": "sparsify.layers.fusion",
@@ -74,6 +76,8 @@ if TYPE_CHECKING:
     from sparsify.permutation import permute
     from sparsify.pruner import Pruner
     from sparsify.recipe import Recipe
+    from sparsify.training.pruning_callback import SparsifyCallback
+    from sparsify.training.sparsify_loop import SparsifyLoop
 
 
 def __getattr__(name: str) -> Any:

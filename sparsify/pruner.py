@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparsify.allocation import Budget
 
 STATISTICS = frozenset({"input_sq", "hessian"})
+SCHEDULES = ("auto", "cubic", "once")
 # The methods of a pruner that others call.
 HOOKS = ("score", "calibrate", "update_weights", "begin", "before_step", "after_step", "masks")
 
@@ -131,6 +132,14 @@ class Pruner(ABC):
         """
         return False
 
+    @property
+    def gradual(self) -> bool:
+        """Whether it prunes little by little by itself; by default, whether the class defines `after_step` or `masks`.
+
+        All others are pruned in training by the cubic ramp (see `sparsify.training.pruning_loop`).
+        """
+        return any(getattr(type(self), hook) is not getattr(Pruner, hook) for hook in ("after_step", "masks"))
+
     @abstractmethod
     def score(self, layer: PrunableLayer) -> Tensor:
         """Importance of each block.
@@ -207,6 +216,27 @@ def ramped(budget: Budget, share: float) -> Budget:
         share: Share of the ramp that is done, 0 to 1.
     """
     return replace(budget, sparsity=max(budget.sparsity * (1.0 - (1.0 - share) ** 3), 1.0 - budget.ceiling))
+
+
+def is_cubic(pruner: Pruner, schedule: str = "auto", every: int | None = None) -> bool:
+    """Whether a pruner follows the cubic ramp, and not a schedule of its own or a single cut.
+
+    Raises:
+        PrunerError: If the schedule is unknown, or is one that the pruner does not take.
+    """
+    if schedule not in SCHEDULES:
+        raise PrunerError(f"unknown schedule {schedule!r}: known are {', '.join(SCHEDULES)}")
+    name = pruner.name or type(pruner).__qualname__
+    if schedule != "auto" and pruner.gradual:
+        raise PrunerError(f"pruner {name!r} prunes by a schedule of its own: leave out schedule: {schedule}")
+    cubic = not pruner.gradual if schedule == "auto" else schedule == "cubic"
+    if every is not None and not cubic:
+        raise PrunerError(
+            f"every {every} is for the cubic schedule, which pruner {name!r} does not follow here"
+        )
+    if every is not None and every < 1:
+        raise PrunerError(f"every {every} is out of range: it is a number of optimizer steps, at least 1")
+    return cubic
 
 
 def _add_to_mean(mean: Tensor, total: Tensor, seen: int, new: int) -> None:

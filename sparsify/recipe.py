@@ -186,17 +186,26 @@ class Search(Pruning):
     Attributes:
         start: Share of the stage's steps, at its beginning, that trains the dense network by itself (warm-up).
         until: Share of the stage's steps after which the masks are fixed; the rest trains on under them (healing).
+        schedule: `cubic`: sparsity rises step by step, and what is masked may come back (Zhu & Gupta 2017); `once`: all
+            of it at the end of the phase; `auto`: the pruner's own schedule, and `cubic` for one that has none.
+        every: Optimizer steps between two updates of the cubic schedule's masks; a hundredth of the phase when left
+            out.
     """
 
     start: float = Field(default=0.0, ge=0, lt=1)
     until: float = Field(default=1.0, gt=0, le=1)
+    schedule: Literal["auto", "cubic", "once"] = "auto"
+    every: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _phases(self) -> Search:
+        from sparsify.pruner import create_pruner, is_cubic
+
         if self.start >= self.until:
             raise ValueError(
                 f"start {self.start:g} is not before until {self.until:g}: no step is left to prune"
             )
+        is_cubic(create_pruner(self.method, **self.options), self.schedule, self.every)
         return self
 
 

@@ -41,7 +41,15 @@ def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:
     searched = {layer.name for layer in selection.layers}
     fixed = {name: mask for name, mask in state.dense_masks.items() if name not in searched}
     masking.mask_model(state.model, fixed, dense_gradient=False)
-    callback = PruningCallback(pruner, selection.layers, budget(settings), settings.until, settings.start)
+    callback = PruningCallback(
+        pruner,
+        selection.layers,
+        budget(settings),
+        settings.until,
+        settings.start,
+        settings.schedule,
+        settings.every,
+    )
     _train(stage, state, samples, lambda: masking.removed_share(state.model, selection.layers), callback)
     state.prune(masking.unmask(state.model), selection.dense)
     state.trained = settings.until < 1

@@ -1,4 +1,4 @@
-"""Layers whose weights are sharded over several processes (FSDP2), shown whole to a pruner.
+"""Several processes: one mask for all of them, and sharded weights (FSDP2) shown whole to a pruner.
 
 A pruner computes with plain tensors. While `gathered` is open, each layer's parameter is a whole copy of the sharded
 one, the same on every process; so every process comes to the same scores and masks, bit for bit, and to those that a
@@ -7,13 +7,13 @@ single process would come to with the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from sparsify.blocks import BlockShape
+from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import ConfigError
 from sparsify.layers.kinds import matrices
 from sparsify.pruner import PrunableLayer
@@ -45,7 +45,7 @@ def gathered(layers: Sequence[PrunableLayer], *, write: bool = False) -> Iterato
         layers: The layers; those that are not sharded stay as they are.
         write: Take what was written to the weights over into the shards at the end.
     """
-    sharded = {id(layer.parameter): layer.parameter for layer in layers if _is_sharded(layer.parameter)}
+    sharded = {id(layer.parameter): layer.parameter for layer in layers if is_sharded(layer.parameter)}
     whole = {key: _whole(parameter) for key, parameter in sharded.items()}
     moved = [(layer, layer.parameter) for layer in layers if id(layer.parameter) in whole]
     for layer, parameter in moved:
@@ -61,7 +61,42 @@ def gathered(layers: Sequence[PrunableLayer], *, write: bool = False) -> Iterato
             layer.parameter = parameter
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def agreed(masks: Mapping[str, BlockMask], layers: Sequence[PrunableLayer]) -> dict[str, BlockMask]:
+    """The masks of the first process, on all of them; every process must ask, with masks of the same layers.
+
+    All come to the same masks by themselves as long as their hardware rounds alike; this makes sure of it.
+    """
+    if not _several():
+        return dict(masks)
+    names = sorted(masks)
+    together = torch.cat([masks[name].keep.flatten() for name in names]).to(torch.uint8)
+    device = layers[0].parameter.device
+    together = together.to(device)
+    distributed.broadcast(together, 0)
+    parts = together.bool().cpu().split([masks[name].keep.numel() for name in names])
+    return {
+        name: BlockMask(part.view(masks[name].keep.shape).clone(), masks[name].shape, masks[name].block)
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
+def share_statistics(layers: Sequence[PrunableLayer]) -> None:
+    """Gives all processes the statistics of the first one, which may have seen other batches."""
+    if not _several():
+        return
+    for layer in layers:
+        found = [{key: tensor.cpu() for key, tensor in layer.statistics.items()}]
+        distributed.broadcast_object_list(found, 0)
+        device = layer.parameter.device
+        layer.statistics.update({key: t.to(device) if t.dim() else t for key, t in found[0].items()})
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a parameter is one process's part of a sharded one."""
     return hasattr(tensor, "device_mesh")
 
 

@@ -79,6 +79,7 @@ def make_callback(model: nn.Module, pruner: Pruner, until: float) -> PruningCall
 PRUNERS = {
     "group_lasso": lambda: create_pruner("group_lasso"),
     "custom": Movement,
+    "cubic": lambda: create_pruner("magnitude"),
     "movement": lambda: create_pruner("movement", warmup=0.0, settle=0.5),
     "prune_and_grow": lambda: create_pruner("prune_and_grow", every=0.25, ramp=0.25),
     "prune_and_grow from scratch": lambda: create_pruner("prune_and_grow", every=0.25, ramp=0.0),

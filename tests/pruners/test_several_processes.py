@@ -57,11 +57,13 @@ class Watch(PruningCallback):
 
     changes = 0
 
-    def _mask(self, model: nn.Module, progress: float) -> None:
-        before = [id(module.__dict__.get("weight_keep")) for module in model.modules()]
-        super()._mask(model, progress)
-        buffers = [id(module._buffers.get("weight_keep")) for module in model.modules()]
-        self.changes += before != buffers
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        modules = list(kwargs["model"].modules())
+        before = [module._buffers.get("weight_keep") for module in modules]
+        super().on_optimizer_step(args, state, control, **kwargs)
+        after = [module._buffers.get("weight_keep") for module in modules]
+        changed = any(one is not other for one, other in zip(before, after, strict=True))
+        self.changes += changed and self.masks is None
 
 
 def make_callback(model: nn.Module, method: str) -> Watch:
