@@ -69,7 +69,7 @@ class PruneResult:
 def prune(
     model: nn.Module,
     *,
-    method: str = "magnitude",
+    method: str | None = None,
     block: BlockShape | str | int | tuple[int, int] = "64x64",
     sparsity: float = 0.5,
     scope: Scope = "global",
@@ -81,7 +81,7 @@ def prune(
     permute: bool = False,
     convert: bool = True,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
-    reconstruct: int = 0,
+    reconstruct: int | None = None,
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
     **options: Any,
@@ -90,7 +90,8 @@ def prune(
 
     Args:
         model: A transformers model, or any module if `convert` is false. Its weights change.
-        method: `magnitude`, another name that `sparsify pruners` lists, or `package.module:Class`.
+        method: A name that `sparsify pruners` lists, or `package.module:Class`. Default: `block_obs` with
+            reconstruction if there is calibration data, else `magnitude`.
         block: Block shape as `(out, in)` features, such as `"64x64"`; each side a power of two from 8 to 256.
         sparsity: Share of the selected weights' elements to remove, at least 0 and below 1; met within one block.
         scope: `global` (one budget), `layer` (each layer the same share), `row` (each block row the same share); or a
@@ -109,7 +110,8 @@ def prune(
             and training should hold them there (`sparsify.masking.mask_model(model, result.masks)`).
         calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
         reconstruct: Steps in which each transformer block's kept weights are then trained, on `calibration`, to put
-            out what the dense block did (see `sparsify.reconstruction`); a few hundred are enough.
+            out what the dense block did (see `sparsify.reconstruction`); a few hundred are enough. Default: 300 if
+            no method is named, else 0.
         cache: Folder for the scores of such pruners: another sparsity, scope or bound with the same model, data and
             options starts from them, and an interrupted call goes on where it stopped.
         device: Where such pruners compute. Give the GPU for a model on the CPU that is larger than it: one
@@ -130,12 +132,13 @@ def prune(
     from sparsify.layers import swap
     from sparsify.permutation import permute as reorder
     from sparsify.preparation import budget, prepare
-    from sparsify.pruner import create_pruner
+    from sparsify.pruner import create_pruner, default_method
     from sparsify.sequential import prune_in_walks
     from sparsify.stages.prune import prune_layers
     from sparsify.walk_cache import WalkCache
 
     shape = BlockShape.parse(block)
+    method, reconstruct = default_method(calibration is not None, method, reconstruct)
     create_pruner(method, **options)
     settings = _settings(
         method=method,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparsify.allocation import Budget
 
 STATISTICS = frozenset({"input_sq", "hessian"})
+RECONSTRUCT_STEPS = 300
 SCHEDULES = ("auto", "cubic", "once")
 # The methods of a pruner that others call.
 HOOKS = ("score", "calibrate", "update_weights", "begin", "before_step", "after_step", "masks")
@@ -242,6 +243,23 @@ def is_cubic(pruner: Pruner, schedule: str = "auto", every: int | None = None) -
 def _add_to_mean(mean: Tensor, total: Tensor, seen: int, new: int) -> None:
     if new:
         mean.add_((total - new * mean) / (seen + new))
+
+
+def default_method(with_data: bool, method: str | None, reconstruct: int | None) -> tuple[str, int]:
+    """Which pruner and how many steps of reconstruction are meant where the user names none.
+
+    Chosen by measurement, see docs/benchmarks/pruners.md.
+
+    Args:
+        with_data: Whether there is calibration data.
+        method: What the user names, if anything.
+        reconstruct: Steps that the user asks for, if any.
+    """
+    if method is None:
+        method, steps = ("block_obs", RECONSTRUCT_STEPS) if with_data else ("magnitude", 0)
+    else:
+        steps = 0
+    return method, steps if reconstruct is None else reconstruct
 
 
 def available() -> list[str]:

@@ -14,8 +14,13 @@ def prune(
     model: options.Model,
     out: options.Out,
     method: Annotated[
-        str, typer.Option("--method", help="A pruner (see `sparsify pruners`) or package.module:Class.")
-    ] = "magnitude",
+        str | None,
+        typer.Option(
+            "--method",
+            help="A pruner (see `sparsify pruners`) or package.module:Class; default: block_obs with --data, else "
+            "magnitude.",
+        ),
+    ] = None,
     block: Annotated[
         str, typer.Option("--block", help="Block shape, OUTxIN; powers of two from 8 to 256.")
     ] = "64x64",
@@ -63,12 +68,13 @@ def prune(
     length: Annotated[int, typer.Option("--length", help="Tokens in one sample of --data.")] = 512,
     samples: Annotated[int, typer.Option("--samples", help="Samples of --data to use.")] = 128,
     reconstruct: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--reconstruct",
-            help="Steps that each transformer block is then trained for, alone, to do what it did (with --data).",
+            help="Steps that each transformer block is then trained for, alone, to do what it did (with --data); "
+            "default: 300 if no method is named.",
         ),
-    ] = 0,
+    ] = None,
     offload: Annotated[
         bool,
         typer.Option(
@@ -92,8 +98,10 @@ def prune(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Prune a checkpoint once and write it block-sparse, without training."""
+    from sparsify.pruner import default_method
     from sparsify.recipe import Recipe
 
+    method, reconstruct = default_method(data is not None, method, reconstruct)
     pruning = {
         "method": method,
         "block": block,
