@@ -205,7 +205,11 @@ class Worker:
         row: dict[str, Any] = {**asdict(case), "seconds": round(time.perf_counter() - start, 1)}
         if self.device == "cuda":
             row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-        return row | {key: round(value, 3) for key, value in subject.score(model).items()}
+        torch.set_float32_matmul_precision("high")  # TF32 to judge, not to prune
+        try:
+            return row | {key: round(value, 3) for key, value in subject.score(model).items()}
+        finally:
+            torch.set_float32_matmul_precision("highest")
 
     def prune(self, case: Case, model: Any, subject: Subject) -> Any:
         """The pruned model."""
