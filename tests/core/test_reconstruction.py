@@ -167,3 +167,41 @@ def test_the_default_follows_the_data():
     assert default_method(True, None, None) == ("block_obs", 300)
     assert default_method(True, None, 0) == ("block_obs", 0)
     assert default_method(True, "wanda", None) == ("wanda", 0)
+
+
+def test_the_command_line_reconstructs_and_offloads(tmp_path):
+    from typer.testing import CliRunner
+
+    from sparsify.cli.main import app
+
+    source, text = tmp_path / "model", tmp_path / "texts.txt"
+    llama().save_pretrained(source)
+    tokenizer(source)
+    text.write_text("the blocks that stay make up for those that go\n" * 40)
+    command = ["prune", str(source), "--block", "8", "--data", str(text), "--length", "16", "--samples", "32"]
+    shown = CliRunner().invoke(
+        app, [*command, "--out", str(tmp_path / "out"), "--reconstruct", "5", "--offload"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert (
+        "output error" in shown.output
+        and "block_obs" in (tmp_path / "out" / "sparsify_recipe.yaml").read_text()
+    )
+    assert sparsify.load(tmp_path / "out").config.quantization_config is not None
+    refused = CliRunner().invoke(
+        app, ["prune", str(source), "--out", str(tmp_path / "no"), "--block", "8", "--reconstruct", "5"]
+    )
+    assert (
+        refused.exit_code == 2 and "reconstruct needs a calibrate stage before it (--data)" in refused.output
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def tokenizer(folder) -> None:
+    """A tokenizer of single bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate([*"abcdefghijklmnopqrstuvwxyz", "<unk>"])}
+    fresh = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    fresh.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=fresh, unk_token="<unk>").save_pretrained(folder)
