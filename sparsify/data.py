@@ -1,63 +1,79 @@
-"""Text for calibration, training and evaluation: local files or a `datasets` name, tokenised and packed.
+"""Data for calibration, training and evaluation: local files or a `datasets` name, tokenised and packed.
 
-One `DataSpec` says where the text is and how it is cut. What comes out is a `datasets.Dataset` in a fixed order:
+One `DataSpec` says where the data are and how they are cut. What comes out is a `datasets.Dataset` in a fixed order:
 
     causal_blocks           packed blocks of tokens for a causal language model
     masked_blocks           packed blocks framed by the tokenizer's special tokens, for a masked language model
     classification_samples  tokenised texts with a class label
     sentence_pairs          two sentences and a score
+    sentences               sentences alone
+    target_samples          tokenised texts with the text that a model is to make of them
+    image_samples           pictures with a class label (`sparsify.data_media`)
+    speech_samples          recordings with a class label (`sparsify.data_media`)
 
-Local files may be `.txt` (one document a file), `.jsonl`, `.csv`, `.tsv` or `.parquet` (one row an example), alone or
-in a folder, which is read in the order of the file names. Tab-separated text is taken as it stands, without quoting.
+Local text files may be `.txt` (one document a file), `.jsonl`, `.csv`, `.tsv` or `.parquet` (one row an example), alone
+or in a folder, which is read in the order of the file names. Tab-separated text is taken as it stands, without quoting.
+With `stream`, text is read while it is used: `stream_samples` gives the same rows without holding the source in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from sparsify.data_files import STSB_POSITIONS, SUFFIXES, data_files, read_file
+from sparsify.data_files import SUFFIXES, data_files
+from sparsify.data_labelled import (
+    class_token_rows,
+    label_rows,
+    pair_rows,
+    sentence_rows,
+    target_token_rows,
+)
+from sparsify.data_media import (
+    MEDIA_SUFFIXES,
+    image_samples,
+    is_media,
+    media_files,
+    speech_samples,
+    undecoded,
+)
+from sparsify.data_tables import TEXT_COLUMNS, Source, read_table, rows_of, text_of, title
 from sparsify.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-TEXT_COLUMNS = (("text",), ("sentence",), ("content",))
-PAIR_COLUMNS = (("sentence1", "sentence2", "score"), ("sentence1", "sentence2", "label"))
-LABEL_COLUMNS = (("text", "label"), ("sentence", "label"))
+__all__ = [
+    "DataSpec",
+    "Source",
+    "causal_blocks",
+    "check",
+    "classification_samples",
+    "fingerprint",
+    "image_samples",
+    "labelled_texts",
+    "masked_blocks",
+    "read_table",
+    "sentence_pairs",
+    "sentences",
+    "speech_samples",
+    "stream_samples",
+    "target_samples",
+]
+
 # A tokenizer's time and memory grow with the string: long documents go in by pieces of about this many characters.
 PIECE = 1 << 16
 
 
-class Source(Protocol):
-    """What the functions of this module need to know; a recipe's data section has the same attributes."""
-
-    @property
-    def path(self) -> str | Path | None: ...
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def config(self) -> str | None: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def columns(self) -> Sequence[str] | None: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def samples(self) -> int | None: ...
-
-
 @dataclass(frozen=True)
 class DataSpec:
-    """Where text is and how it is cut into samples. Exactly one of `path` and `name` is set.
+    """Where data are and how they are cut into samples. Exactly one of `path` and `name` is set.
 
     Attributes:
         path: File or folder on this machine.
@@ -66,9 +82,11 @@ class DataSpec:
         split: Split of that data set; the library's slices such as `train[:5%]` work. Local files have none.
         columns: Columns to read: one for text, `(text, label)` for classification, `(first, second, score)` for
             pairs. Numbers are positions, from 0, in a `.csv` or `.tsv` file without a header row. None takes the
-            usual names (`text`; `text`, `label`; `sentence1`, `sentence2`, `score`).
+            usual names (`text`; `text`, `label`; `sentence1`, `sentence2`, `score`; `source`, `target`; `image`,
+            `label`; `audio`, `label`).
         length: Tokens per sample.
         samples: Most samples to take, from the front; None takes all.
+        stream: Read text while it is used instead of before; for training with a number of steps.
 
     Raises:
         DataError: If neither or both of `path` and `name` are set, or a number is not positive.
@@ -81,6 +99,7 @@ class DataSpec:
     columns: tuple[str, ...] | None = None
     length: int = 512
     samples: int | None = None
+    stream: bool = False
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.name is None):
@@ -114,59 +133,60 @@ def check(spec: Source) -> None:
     Raises:
         DataError: Naming the file.
     """
-    if spec.path is not None:
-        data_files(Path(spec.path))
+    if spec.path is None:
+        return
+    path = Path(spec.path)
+    if is_media(path):
+        media_files(path)
+    elif path.is_dir() and not any(file.suffix in SUFFIXES for file in path.rglob("*")):
+        raise DataError(
+            f"data folder {path} holds no file of the kinds {', '.join((*SUFFIXES, *MEDIA_SUFFIXES))}"
+        )
+    else:
+        data_files(path)
 
 
 def fingerprint(spec: Source) -> str:
-    """SHA-256 of the content and of the settings, 64 hexadecimal digits; the place of the files does not enter."""
+    """SHA-256 of the content and of the settings, 64 hexadecimal digits; the place of the files does not enter.
+
+    Of a named data set that is streamed, content stands for what its library tells about the version.
+
+    Raises:
+        DataError: If the source cannot be read.
+    """
     columns = None if spec.columns is None else list(spec.columns)
     split = None if spec.path else spec.split
     settings = [spec.name, spec.config, split, columns, spec.length, spec.samples]
     digest = hashlib.sha256(json.dumps(settings).encode())
     if spec.path is None:
-        for row in read_table(spec):
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    else:
-        for file in data_files(Path(spec.path)):
-            digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+        for row in _told_content(spec):
+            digest.update(json.dumps(row, sort_keys=True, default=_as_digest).encode())
+        return digest.hexdigest()
+    path = Path(spec.path)
+    for file in media_files(path) if is_media(path) else data_files(path):
+        # In a folder of pictures or sounds the folder's name is the class.
+        name = str(file.relative_to(path)) if is_media(path) else file.name
+        digest.update(f"\0{name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
-def read_table(spec: Source) -> Dataset:
-    """All rows of the source, in file order; a `.txt` file is one row with the column `text`.
+def _told_content(spec: Source) -> Iterable[Any]:
+    if not spec.stream:
+        return undecoded(read_table(spec))
+    from datasets import load_dataset_builder
 
-    Raises:
-        DataError: If the source is missing, empty, unreadable, or its files have different columns.
-    """
-    from datasets import concatenate_datasets, load_dataset
-
-    if spec.path is None:
-        try:
-            table = load_dataset(str(spec.name), spec.config, split=spec.split)
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise DataError(
-                f"cannot load data set {spec.name!r}, split {spec.split!r}: {reason[0]}"
-            ) from error
-        if len(table) == 0:
-            raise DataError(f"data set {spec.name!r}, split {spec.split!r}, has no rows")
-        return table
-    files = data_files(Path(spec.path))
-    tables = [read_file(file, spec.columns) for file in files]
-    for file, table in zip(files, tables, strict=True):
-        if set(table.column_names) != set(tables[0].column_names):
-            raise DataError(
-                f"files of {spec.path} differ in their columns: {files[0].name} has {tables[0].column_names}, "
-                f"{file.name} has {table.column_names}; give one kind of file"
-            )
     try:
-        return concatenate_datasets(tables)
-    except ValueError as error:
-        raise DataError(f"files of {spec.path} differ in the types of their columns: {error}") from error
+        builder = load_dataset_builder(str(spec.name), spec.config)
+    except Exception as error:
+        raise DataError(f"cannot find data set {spec.name!r}: {str(error).splitlines()[0]}") from error
+    return [str(builder.hash), str(builder.info.version)]
+
+
+def _as_digest(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def causal_blocks(spec: Source, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -189,7 +209,7 @@ def causal_blocks(spec: Source, tokenizer: PreTrainedTokenizerBase) -> Dataset:
             f"that a sample needs at least 2"
         )
     prefix, _ = _frame(tokenizer)
-    blocks = _blocks(spec, tokenizer, prefix, [])
+    blocks = list(_blocks(spec, tokenizer, prefix, []))
     return _torch_dataset({"input_ids": blocks, "labels": blocks})
 
 
@@ -203,8 +223,7 @@ def masked_blocks(spec: Source, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     Raises:
         DataError: As `causal_blocks`.
     """
-    prefix, suffix = _frame(tokenizer)
-    blocks = _blocks(spec, tokenizer, prefix, suffix)
+    blocks = list(_blocks(spec, tokenizer, *_frame(tokenizer)))
     special = set(tokenizer.all_special_ids)
     mask = [[int(token in special) for token in block] for block in blocks]
     return _torch_dataset({"input_ids": blocks, "special_tokens_mask": mask})
@@ -217,14 +236,21 @@ def sentence_pairs(spec: Source) -> Dataset:
         Columns `sentence1`, `sentence2` (str) and `score` (float, higher = more alike).
 
     Raises:
-        DataError: If a column is missing or a score is not a number.
+        DataError: If a column is missing, a sentence empty, or a score not a number.
     """
-    from datasets import Dataset
+    return _dataset(pair_rows(spec))
 
-    columns = _columns(spec, PAIR_COLUMNS, "columns of two sentences and a score")
-    first, second, score = (column[: spec.samples] for column in columns)
-    scores = [_number(value, row, spec) for row, value in enumerate(score)]
-    return Dataset.from_dict({"sentence1": first, "sentence2": second, "score": scores})
+
+def sentences(spec: Source) -> Dataset:
+    """Single sentences: lines of `.txt` files, cells of a column, or both sentences of each pair.
+
+    Returns:
+        The column `text` (str), without blank ones.
+
+    Raises:
+        DataError: If there are none, or a cell is no text.
+    """
+    return _dataset(sentence_rows(spec))
 
 
 def labelled_texts(spec: Source, label2id: Mapping[str, int] | None = None) -> Dataset:
@@ -239,23 +265,9 @@ def labelled_texts(spec: Source, label2id: Mapping[str, int] | None = None) -> D
         Columns `text` (str) and `label` (int).
 
     Raises:
-        DataError: If a column is missing or a label is not in `label2id`.
+        DataError: If a column is missing, a text empty, or a label not in `label2id` or beyond its classes.
     """
-    from datasets import Dataset
-
-    columns = _columns(spec, LABEL_COLUMNS, "columns of texts and labels")
-    texts, labels = (column[: spec.samples] for column in columns)
-    if not all(re.fullmatch(r"-?\d+", str(label)) for label in labels):
-        known = label2id or {
-            label: number for number, label in enumerate(sorted({str(label) for label in labels}))
-        }
-        unknown = sorted({str(label) for label in labels} - set(known))
-        if unknown:
-            raise DataError(
-                f"{_label(spec)}: unknown label {unknown[0]!r}; the model knows {', '.join(sorted(known))}"
-            )
-        labels = [known[str(label)] for label in labels]
-    return Dataset.from_dict({"text": texts, "label": [int(label) for label in labels]})
+    return _dataset(label_rows(spec, label2id))
 
 
 def classification_samples(
@@ -269,48 +281,51 @@ def classification_samples(
     Raises:
         DataError: As `labelled_texts`.
     """
-    from datasets import Dataset
-
-    table = labelled_texts(spec, label2id)
-    encoded = tokenizer(list(table["text"]), truncation=True, max_length=spec.length)
-    columns = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-    return Dataset.from_dict({**columns, "labels": list(table["label"])})
+    return _dataset(class_token_rows(spec, tokenizer, label2id))
 
 
-def _label(spec: Source) -> str:
-    return str(spec.path if spec.path is not None else spec.name)
+def target_samples(spec: Source, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Texts and what a model is to make of them, tokenised and each cut after `length` tokens.
+
+    Returns:
+        Columns `input_ids`, `attention_mask` and `labels` (lists of different lengths).
+
+    Raises:
+        DataError: If a column is missing or a text empty.
+    """
+    return _dataset(target_token_rows(spec, tokenizer))
 
 
-def _columns(spec: Source, usual: Sequence[tuple[str, ...]], meaning: str) -> list[list[Any]]:
-    """Values of the columns that the spec names, or else of the first of the usual ones that are there."""
-    table = read_table(spec)
-    present = table.column_names
-    wanted = _usual(present, usual) if spec.columns is None else tuple(spec.columns)
-    if wanted is None:
-        fault = f"found no {meaning}"
-    elif len(wanted) != len(usual[0]):
-        fault = f"`columns` names {len(wanted)}; expected {len(usual[0])}: {meaning}"
-    elif missing := [name for name in wanted if name not in present]:
-        fault = f"has no column {', '.join(missing)}"
-    else:
-        return [list(table[name]) for name in wanted]
-    raise DataError(f"{_label(spec)}: {fault}; its columns are {', '.join(present)}. Set `columns`")
+def stream_samples(
+    spec: Source, task: str, tokenizer: PreTrainedTokenizerBase, label2id: Mapping[str, int] | None = None
+) -> Callable[[], Iterator[dict[str, Any]]]:
+    """The rows of a task's data set, read while they are used; each call of the result begins again.
 
+    Args:
+        spec: The source, with `stream`.
+        task: A recipe's task that reads text; `sentences` for sentences alone.
+        tokenizer: The model's.
+        label2id: As in `labelled_texts`.
 
-def _usual(present: Sequence[str], usual: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
-    """The first usual set of columns that is present; a lone column is taken for the text."""
-    if usual is PAIR_COLUMNS and set(STSB_POSITIONS) <= set(present):
-        return STSB_POSITIONS
-    if usual is TEXT_COLUMNS and len(present) == 1:
-        return (present[0],)
-    return next((names for names in usual if set(names) <= set(present)), None)
-
-
-def _number(value: Any, row: int, spec: Source) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{_label(spec)}, row {row + 1}: score {value!r} is not a number") from error
+    Raises:
+        DataError: As the task's function above, at the row that is at fault.
+    """
+    if task == "causal-lm":
+        prefix, _ = _frame(tokenizer)
+        return lambda: ({"input_ids": b, "labels": list(b)} for b in _blocks(spec, tokenizer, prefix, []))
+    if task == "masked-lm":
+        frame, special = _frame(tokenizer), set(tokenizer.all_special_ids)
+        return lambda: (
+            {"input_ids": block, "special_tokens_mask": [int(token in special) for token in block]}
+            for block in _blocks(spec, tokenizer, *frame)
+        )
+    makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "sequence-classification": lambda: class_token_rows(spec, tokenizer, label2id),
+        "seq2seq": lambda: target_token_rows(spec, tokenizer),
+        "sentence-embedding": lambda: pair_rows(spec),
+        "sentences": lambda: sentence_rows(spec),
+    }
+    return makers[task]
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -350,29 +365,32 @@ def _token_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) 
 
 def _blocks(
     spec: Source, tokenizer: PreTrainedTokenizerBase, prefix: list[int], suffix: list[int]
-) -> list[list[int]]:
+) -> Iterator[list[int]]:
     inner = spec.length - len(prefix) - len(suffix)
     if inner < 1:
         raise DataError(
             f"data `length` {spec.length} leaves no room beside {len(prefix) + len(suffix)} special tokens"
         )
-    texts = _columns(spec, TEXT_COLUMNS, "column of texts")[0]
-    strange = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
-    if strange is not None:
-        kind = type(texts[strange]).__name__
-        raise DataError(f"{_label(spec)}, row {strange + 1}: expected text, got {kind}; set `columns`")
+    rows = rows_of(spec, TEXT_COLUMNS, "column of texts")
+    texts = (text_of(text, row, spec, blank=True) for row, (text,) in enumerate(rows))
     stream = _token_stream(texts, tokenizer)
-    blocks = []
-    while spec.samples is None or len(blocks) < spec.samples:
+    count = 0
+    while spec.samples is None or count < spec.samples:
         block = list(islice(stream, inner))
         if len(block) < inner:
             break
-        blocks.append([*prefix, *block, *suffix])
-    if not blocks:
+        count += 1
+        yield [*prefix, *block, *suffix]
+    if not count:
         raise DataError(
-            f"{_label(spec)} holds less than one block of {spec.length} tokens; give more text or lower `length`"
+            f"{title(spec)} holds less than one block of {spec.length} tokens; give more text or lower `length`"
         )
-    return blocks
+
+
+def _dataset(rows: Iterator[dict[str, Any]]) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_list(list(rows))
 
 
 def _torch_dataset(columns: dict[str, list[list[int]]]) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ def read_file(file: Path, columns: Sequence[str] | None) -> Dataset:
             table = Dataset(parquet.read_table(file))
         elif file.suffix == ".jsonl":
             lines = file.read_text(encoding="utf-8-sig").split("\n")
-            table = Dataset.from_list(_json_rows(lines, file))
+            table = Dataset.from_list(list(_json_rows(lines, file)))
         else:
             with file.open(encoding="utf-8-sig", newline="") as stream:
                 table = Dataset.from_dict(_separated(stream, columns, file))
@@ -82,8 +82,46 @@ def read_file(file: Path, columns: Sequence[str] | None) -> Dataset:
     return table
 
 
-def _json_rows(lines: list[str], file: Path) -> list[dict[str, Any]]:
-    rows = []
+def stream_file(file: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """The rows of `read_file`, one after the other, without holding the file in memory (a `.txt` file is one row).
+
+    Raises:
+        DataError: As `read_file`, on the way.
+    """
+    try:
+        if file.suffix == ".txt":
+            yield {"text": file.read_text(encoding="utf-8-sig")}
+        elif file.suffix == ".parquet":
+            from pyarrow import parquet
+
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+        elif file.suffix == ".jsonl":
+            yield from _json_rows(lines_of(file), file)
+        else:
+            yield from _stream_separated(lines_of(file, newline=""), columns, file)
+    except (OSError, ValueError, csv.Error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot read data file {file}: {error}") from error
+
+
+def lines_of(file: Path, newline: str = "\n") -> Iterator[str]:
+    """The lines of a text file, one after the other.
+
+    Raises:
+        DataError: If it is not UTF-8.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", newline=newline) as stream:
+            yield from stream
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data file {file} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from error
+
+
+def _json_rows(lines: Iterable[str], file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -92,21 +130,48 @@ def _json_rows(lines: list[str], file: Path) -> list[dict[str, Any]]:
                 raise DataError(f"{file}, line {number}: not JSON ({error.msg})") from error
             if not isinstance(row, dict):
                 raise DataError(f"{file}, line {number}: expected a JSON object, got {type(row).__name__}")
-            rows.append(row)
-    return rows
+            yield row
+
+
+def _stream_separated(
+    lines: Iterator[str], columns: Sequence[str] | None, file: Path
+) -> Iterator[dict[str, Any]]:
+    """As `_separated`, row by row; without a header, columns are those of the first row."""
+    rows, by_position = _separated_rows(lines, columns, file)
+    header = None
+    for number, row in enumerate(rows, 1):
+        if header is None:
+            header = [str(index) for index in range(len(row))] if by_position else row
+            if not by_position:
+                continue
+        if len(row) < len(header) if by_position else len(row) != len(header):
+            raise DataError(f"{file}, row {number}: {len(row)} fields, expected {len(header)}")
+        yield dict(zip(header, row, strict=False))
+
+
+def _separated_rows(
+    stream: Iterable[str], columns: Sequence[str] | None, file: Path
+) -> tuple[Iterator[list[str]], bool]:
+    """The rows of comma- or tab-separated text, and whether there is no header among them."""
+    lines = iter(stream)
+    line = next(lines, "")
+    tabs = file.suffix == ".tsv" or "\t" in line
+    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    reader = csv.reader(chain([line], lines), delimiter="\t" if tabs else ",", quoting=quoting)
+    rows = (row for row in reader if row)
+    first = next(rows, None)
+    if first is None:
+        return iter(()), False
+    by_position = _is_stsb(first) if columns is None else all(column.isdecimal() for column in columns)
+    return chain([first], rows), by_position
 
 
 def _separated(stream: Iterable[str], columns: Sequence[str] | None, file: Path) -> dict[str, list[str]]:
     """Columns of comma- or tab-separated text: named by its header, or by position ("0", "1", ...) without one."""
-    lines = iter(stream)
-    first = next(lines, "")
-    tabs = file.suffix == ".tsv" or "\t" in first
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    rows = list(csv.reader(chain([first], lines), delimiter="\t" if tabs else ",", quoting=quoting))
-    rows = [row for row in rows if row]
+    some, by_position = _separated_rows(stream, columns, file)
+    rows = list(some)
     if not rows:
         return {}
-    by_position = _is_stsb(rows[0]) if columns is None else all(column.isdecimal() for column in columns)
     # Only what every row has can be a column: STS-Benchmark's rows end in a varying number of notes.
     width = min(map(len, rows))
     if by_position:

@@ -154,6 +154,35 @@ def token_inputs(model: nn.Module, tokens: int, batch: int = 1, seed: int = 0) -
     return inputs
 
 
+def like_inputs(model: nn.Module, sample: Inputs, batch: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs for a latency or memory measurement, in the shape of a sample's.
+
+    Args:
+        model: Whose device and dtype they get.
+        sample: Inputs of one sample, `(1, ...)`; integers, such as masks, are repeated as they are.
+        batch: Samples.
+        seed: Seed of the numbers; the same on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    inputs = {}
+    for key, value in sample.items():
+        shape = (batch, *value.shape[1:])
+        if value.is_floating_point():
+            inputs[key] = torch.randn(shape, generator=generator).to(_device(model), dtype)
+        else:
+            inputs[key] = value.expand(shape).to(_device(model))
+    return inputs
+
+
+def positions(model: nn.Module, inputs: Inputs) -> int:
+    """Tokens that a transformers model makes of one sample: positions of its hidden states."""
+    with _evaluation(model):
+        states = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    # Feature maps are (B, C, H, W).
+    return states.shape[1] if states.dim() == 3 else states[0, 0].numel()
+
+
 def environment() -> dict[str, Any]:
     """Machine, versions and command: what a reader needs to place or repeat a measurement."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

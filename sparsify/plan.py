@@ -119,6 +119,7 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
         bytes_dense=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
     )
     _needs_task(recipe, plan)
+    _check_teachers(recipe, plan.task)
     removed = _plan_layers(recipe, model, plan, device)
     plan.bytes_out = plan.bytes_dense - removed if out is not None else 0
     if any(isinstance(stage, FinetuneStage) for stage in recipe.stages):
@@ -167,11 +168,19 @@ def resolve_task(task: str, model: str, architecture: str) -> str | None:
     """The task given, or for `auto` the one that the class of the checkpoint `model` is for, if it is for one."""
     if task != "auto":
         return task
+    from transformers.models.auto import modeling_auto
+
+    # Their names tell too little: Wav2Vec2ForSequenceClassification, T5ForConditionalGeneration.
+    if architecture in modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values():
+        return "speech-classification"
+    if architecture in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return "seq2seq"
     endings = {
         "ForCausalLM": "causal-lm",
         "LMHeadModel": "causal-lm",
         "ForMaskedLM": "masked-lm",
         "ForSequenceClassification": "sequence-classification",
+        "ForImageClassification": "image-classification",
     }
     for ending, meant in endings.items():
         if architecture.endswith(ending):
@@ -259,10 +268,28 @@ def _needs_task(recipe: Recipe, plan: Plan) -> None:
         needs += [stage.stage for stage in recipe.stages if stage.stage == "evaluate"]
     if plan.task is None and needs:
         raise ConfigError(
-            f"the {needs[0]} stage must know what {plan.architecture} is for: set `task` to causal-lm, masked-lm, "
-            f"sequence-classification or sentence-embedding; models for anything else can be pruned, but not trained "
-            f"or scored here"
+            f"the {needs[0]} stage must know what {plan.architecture} is for: set `task` to one of "
+            f"{', '.join(reader.TASKS)}; models for anything else can be pruned, but not trained or scored here"
         )
+
+
+def _check_teachers(recipe: Recipe, task: str | None) -> None:
+    """Checks what can be known of the teachers without loading them."""
+    from sparsify.training.distillation import Weights
+    from sparsify.training.teacher_cache import check_cacheable
+
+    for stage in recipe.stages:
+        settings = getattr(stage, "distill", None)
+        if settings is None or task is None:
+            continue
+        Weights.of(settings, task)
+        if settings.teacher_memory == "cache":
+            check_cacheable(task, recipe.data.train is not None and recipe.data.train.stream)
+        teacher = settings.teacher
+        if teacher is not None and (
+            Path(teacher).expanduser().exists() or teacher.startswith(("/", ".", "~"))
+        ):
+            reader.check_source(teacher, recipe.trust_remote_code)
 
 
 def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.device) -> int:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 HIDDEN_SHARE = 0.15
 # Called with the number of samples done; drives a progress bar.
 Progress = Callable[[int], Any]
+# Makes a batch of a list of rows.
+Collate = Callable[[list[Any]], Any]
 
 
 def perplexity(
@@ -116,6 +118,67 @@ def accuracy(
     return {"accuracy": 100.0 * right / len(dataset), "samples": len(dataset)}
 
 
+def class_accuracy(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Share of pictures or recordings whose most likely class is the right one.
+
+    Args:
+        model: A transformers classifier.
+        dataset: From `sparsify.data.image_samples` or `speech_samples`.
+        collate: Makes a batch of inputs and `labels` of a list of rows.
+        batch: Samples in one forward pass.
+        progress: Called with the number of samples done.
+
+    Returns:
+        `accuracy` (percent) and `samples`.
+    """
+    right = 0
+    with _evaluation(model) as device:
+        for inputs, labels in _collated(dataset, collate, batch, device, progress):
+            # Pixels and sound come in float32, and must have the dtype of the first layer.
+            inputs = {key: value.to(_floating(model, value)) for key, value in inputs.items()}
+            right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+    return {"accuracy": 100.0 * right / len(dataset), "samples": len(dataset)}
+
+
+def target_perplexity(
+    model: nn.Module,
+    dataset: Dataset,
+    collate: Collate,
+    *,
+    batch: int = 8,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Loss of an encoder and decoder over the tokens of its targets, each weighing the same.
+
+    Args:
+        model: A transformers sequence-to-sequence model.
+        dataset: From `sparsify.data.target_samples`.
+        collate: Makes a batch of inputs and `labels` (-100 is padding) of a list of rows.
+        batch: Texts in one forward pass.
+        progress: Called with the number of texts done.
+
+    Returns:
+        `loss` (nats per token of the targets), `perplexity` and `tokens`.
+    """
+    total, count = 0.0, 0
+    with _evaluation(model) as device:
+        for inputs, labels in _collated(dataset, collate, batch, device, progress):
+            # The model makes the decoder's inputs of the labels where the batch has none.
+            told = {} if "decoder_input_ids" in inputs else {"labels": labels}
+            logits = model(**inputs, **told, use_cache=False).logits
+            valid = labels != -100
+            total += _loss(logits[valid], labels[valid])
+            count += int(valid.sum())
+    return _as_perplexity(total, count)
+
+
 def similarity(
     model: nn.Module,
     dataset: Dataset,
@@ -194,6 +257,22 @@ def _as_perplexity(total: float, count: int) -> dict[str, float]:
     loss = total / count
     # A ruined model's loss can be beyond what exp can hold.
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": count}
+
+
+def _collated(
+    dataset: Dataset, collate: Collate, batch: int, device: torch.device, progress: Progress | None
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Inputs and labels of each batch, on the device."""
+    for start in range(0, len(dataset), batch):
+        rows = range(start, min(start + batch, len(dataset)))
+        inputs = {key: value.to(device) for key, value in collate([dataset[row] for row in rows]).items()}
+        yield inputs, inputs.pop("labels")
+        if progress:
+            progress(rows.stop)
+
+
+def _floating(model: nn.Module, tensor: Tensor) -> torch.dtype:
+    return next(model.parameters()).dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def _batches(column: Any, batch: int, progress: Progress | None) -> Iterator[Tensor]:

@@ -14,9 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -33,8 +31,18 @@ from sparsify.blocks import BlockShape
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.recipe_faults import Fault, check_trainer_arguments, describe, from_pydantic, order_faults
 from sparsify.recipe_file import RecipeText, apply_overrides, locate
+from sparsify.recipe_training import Distill, Patterns, Strict
 
-Task: TypeAlias = Literal["auto", "causal-lm", "masked-lm", "sequence-classification", "sentence-embedding"]
+Task: TypeAlias = Literal[
+    "auto",
+    "causal-lm",
+    "masked-lm",
+    "sequence-classification",
+    "sentence-embedding",
+    "seq2seq",
+    "image-classification",
+    "speech-classification",
+]
 Heal: TypeAlias = Literal["auto", "packed", "masked"]
 
 
@@ -61,37 +69,27 @@ def _scope(value: Any) -> Any:
 Scope: TypeAlias = Annotated[Any, PlainValidator(_scope), PlainSerializer(scopes.name_of)]
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _column_names(value: Any) -> Any:
     columns = value if isinstance(value, (list, tuple)) else [value]
     return [str(column) if isinstance(column, int) else column for column in columns]
 
 
-Patterns: TypeAlias = Annotated[list[str], BeforeValidator(_as_list)]
 Columns: TypeAlias = Annotated[list[str], BeforeValidator(_column_names)]
-
-
-class Strict(BaseModel):
-    """Base of every section: unknown keys are faults, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class DataSpec(Strict):
     """One source of samples: a local file or folder, or a data set by its `datasets` name.
 
     Attributes:
-        path: A .txt, .jsonl, .csv, .tsv or .parquet file, or a folder of them.
+        path: A .txt, .jsonl, .csv, .tsv or .parquet file, or a folder of them; or of pictures or recordings.
         name: Name for `datasets.load_dataset`; exactly one of `path` and `name` is given.
         config: Configuration of a named data set.
         split: Split of a named data set.
-        columns: Columns to read: the text; text and label; or two sentences and their score. Numbers are positions,
-            from 0, in a file without a header.
+        columns: Columns to read: the text; text, picture or recording and label; text and target; or two sentences
+            and their score. Numbers are positions, from 0, in a file without a header.
         length: Tokens in one sample.
         samples: At most this many samples; all of them when left out.
+        stream: Read text while it is used instead of before; for `data.train` and a number of `steps`.
     """
 
     path: str | None = None
@@ -101,6 +99,7 @@ class DataSpec(Strict):
     columns: Columns | None = None
     length: int = Field(default=512, ge=2)
     samples: int | None = Field(default=None, ge=1)
+    stream: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:
@@ -246,6 +245,7 @@ class FinetuneStage(Strict):
         pruner: Prune while training, and fix the exact mask at the end.
         heal: Train the kept blocks only (`packed`) or dense weights under their mask (`masked`); `auto` measures a
             step of each and takes the faster one.
+        distill: Learn from a dense teacher too.
         save_steps: Optimizer steps between two points from which `--resume` can go on; a tenth of the run when left
             out.
         trainer: Further `transformers.TrainingArguments`, other than those that the keys above decide.
@@ -264,6 +264,7 @@ class FinetuneStage(Strict):
     gradient_checkpointing: bool = False
     pruner: Search | None = None
     heal: Heal = "auto"
+    distill: Distill | None = None
     save_steps: int | None = Field(default=None, ge=1)
     trainer: dict[str, Any] = Field(default_factory=dict)
 

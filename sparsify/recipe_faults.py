@@ -166,6 +166,13 @@ def order_faults(data: Mapping[str, Any]) -> list[Fault]:
     def fault(index: int, message: str, *key: str) -> None:
         faults.append(Fault(("stages", index, *key), message))
 
+    for kind, source in sources.items():
+        if kind != "train" and isinstance(source, Mapping) and source.get("stream"):
+            faults.append(
+                Fault(
+                    ("data", kind, "stream"), "is for data.train; give `samples` to read a part of the data"
+                )
+            )
     names = [stage.get("stage") for stage in stages]
     prunes = [stage.get("stage") == "prune" or stage.get("pruner") is not None for stage in stages]
     packed = False
@@ -185,6 +192,9 @@ def order_faults(data: Mapping[str, Any]) -> list[Fault]:
         if name == "finetune":
             if not sources.get("train"):
                 fault(index, "finetune needs data.train")
+            train = sources.get("train")
+            if isinstance(train, Mapping) and train.get("stream") and stage.get("steps") is None:
+                fault(index, "data.train is streamed, so its length is not known: give `steps`, not `epochs`")
             packed = _heal_faults(stages, index, packed, any(prunes[:index]), fault) or packed
         if name == "convert":
             if not any(prunes[:index]):

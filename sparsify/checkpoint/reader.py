@@ -29,6 +29,9 @@ TASKS = {
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "sentence-embedding": "AutoModel",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+    "speech-classification": "AutoModelForAudioClassification",
 }
 
 
@@ -172,8 +175,7 @@ def load(
         path: A folder, or a name on the Hub.
         device: Where to put the model, such as `"cuda"`; `"auto"` spreads it with accelerate. Default: the CPU.
         dtype: Dtype of the weights, such as `"bfloat16"`; indices stay int32. Default: the checkpoint's.
-        task: `causal-lm`, `masked-lm`, `sequence-classification` or `sentence-embedding`; by default the class that
-            the checkpoint was saved from.
+        task: One of `TASKS`; by default the class that the checkpoint was saved from.
         trust_remote_code: Run the Python code that comes with the checkpoint, where transformers has none for it.
         complete: Refuse a checkpoint that lacks parameters of the model's repeated blocks, because nothing will
             train them. (Many encoders lack the pooler that their class has and nobody uses.)
@@ -237,7 +239,7 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
         ("processor_config.json", "AutoProcessor"),
         ("tokenizer_config.json", "AutoTokenizer"),
         ("tokenizer.json", "AutoTokenizer"),
-        ("preprocessor_config.json", "AutoProcessor"),
+        ("preprocessor_config.json", _preprocessor_class(folder)),
     )
     for file, loader in candidates:
         if (folder / file).is_file():
@@ -249,6 +251,15 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:
                 reason = first_line(error)
                 raise CheckpointError(f"cannot load the {loader[4:].lower()} of {path}: {reason}") from error
     return None
+
+
+def _preprocessor_class(folder: Path) -> str:
+    """The class for a preprocessor that comes alone; asked for both, transformers would look for a tokenizer too."""
+    with suppress(OSError, ValueError):
+        settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        if "feature_extractor_type" in settings:
+            return "AutoFeatureExtractor"
+    return "AutoProcessor"
 
 
 def _model_class(config: Mapping[str, Any], task: str | None) -> str:

@@ -26,7 +26,9 @@ def run(stage: CalibrateStage, state: State) -> None:
     spec = state.recipe.data.calibration
     assert spec is not None
     with state.progress.task("reading calibration data"):
-        samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
+        samples = load_samples(
+            spec, state.processor, state.model, state.task, state.recipe.seed, labelled=False
+        )
     count = min(stage.samples, len(samples.dataset))
     if count < stage.samples:
         state.note(f"calibrate: the data hold {count} samples, fewer than the {stage.samples} asked for")

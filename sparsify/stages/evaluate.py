@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify import measure, quality
+from sparsify.checkpoint.reader import TASKS
 from sparsify.checkpoint.writer import weight_bytes
-from sparsify.data import Source, causal_blocks, classification_samples, masked_blocks, sentence_pairs
+from sparsify.data import (
+    Source,
+    causal_blocks,
+    classification_samples,
+    masked_blocks,
+    sentence_pairs,
+    target_samples,
+)
 from sparsify.errors import ConfigError
 from sparsify.layers.swap import sparse_modules
 from sparsify.progress import Progress
 from sparsify.recipe import EvaluateStage
 from sparsify.stages.state import State
-from sparsify.training.samples import check_length, set_padding
+from sparsify.training.samples import (
+    MEDIA_TASKS,
+    check_length,
+    media_example,
+    media_samples,
+    need_tokenizer,
+    set_padding,
+    target_collator,
+)
 
 
 def run(stage: EvaluateStage, state: State) -> None:
@@ -60,7 +77,8 @@ def evaluate_models(
         processor: Their tokenizer.
         spec: Held-out data; `None` leaves quality out.
         task: A recipe's task, not `auto`; `None` for a model of no task that can be scored.
-        latency_tokens: Token counts of each sequence in a forward pass.
+        latency_tokens: Token counts of each sequence in a forward pass. A model of pictures or recordings is measured
+            with one picture or a second of sound instead, and the count is that of its own tokens; none for none.
         latency_batches: How many such sequences a forward pass takes; each size is measured.
         batch: Samples in one forward pass of the quality measurement.
         seed: Chooses hidden tokens and the random tokens of the latency measurement.
@@ -82,20 +100,23 @@ def evaluate_models(
         columns[label] = {"parameters": measure.parameter_count(model), "bytes": weight_bytes(model)}
         if spec is not None:
             columns[label]["quality"] = _quality(model, processor, spec, task, batch, seed, label, progress)
-    counts, skipped = _usable_counts(next(iter(models.values())), task, latency_tokens)
-    if counts:
-        first = next(iter(models.values()))
+    first = next(iter(models.values()))
+    if task in MEDIA_TASKS and latency_tokens:
+        made, skipped = _media_inputs(first, processor, task, seed)
+    else:
+        counts, skipped = _usable_counts(first, task, latency_tokens)
+        made = {count: partial(measure.token_inputs, first, count, seed=seed) for count in counts}
+    if made:
         sizes = sorted(set(latency_batches))
-        with progress.task("measuring latency", len(counts) * len(sizes)) as advance:
-            for size, count in product(sizes, counts):
-                inputs = measure.token_inputs(first, count, size, seed)
-                for label, seconds in measure.compare_latency(models, inputs).items():
+        with progress.task("measuring latency", len(made) * len(sizes)) as advance:
+            for size, count in product(sizes, made):
+                for label, seconds in measure.compare_latency(models, made[count](batch=size)).items():
                     column = columns[label]
                     if size > 1:
                         column = column.setdefault("latency_batches", {})
                     column.setdefault("latency" if size == 1 else str(size), {})[str(count)] = seconds
                 advance()
-        inputs = measure.token_inputs(first, max(counts), seed=seed)
+        inputs = made[max(made)](batch=1)
         for label, model in models.items():
             columns[label]["peak_memory"] = measure.peak_memory_forward(model, inputs)
     return columns, skipped + _slower(models, columns)
@@ -120,6 +141,18 @@ def _slower(models: Mapping[str, nn.Module], columns: Mapping[str, Mapping[str, 
                 f"`sparsify bench` shows which layers lose"
             )
     return notes
+
+
+def _media_inputs(
+    model: nn.Module, processor: Any, task: str, seed: int
+) -> tuple[dict[int, Callable[..., dict[str, Tensor]]], list[str]]:
+    """Makes random pictures or recordings, by the tokens that the model makes of one; and why there are none."""
+    try:
+        sample = media_example(processor, task)
+    except ConfigError as error:
+        return {}, [f"latency and peak memory are not measured: {error}"]
+    count = measure.positions(model, measure.like_inputs(model, sample, 1, seed))
+    return {count: lambda batch: measure.like_inputs(model, sample, batch, seed)}, []
 
 
 def _usable_counts(model: nn.Module, task: str | None, counts: Sequence[int]) -> tuple[list[int], list[str]]:
@@ -149,18 +182,24 @@ def _quality(
 ) -> dict[str, float]:
     if task is None:
         raise ConfigError(
-            f"{type(model).__name__} is of no task whose quality can be measured (causal-lm, masked-lm, "
-            f"sequence-classification, sentence-embedding); leave out the evaluation data, or set the task"
-        )
-    if not callable(getattr(processor, "encode", None)):
-        raise ConfigError(
-            "the checkpoint has no tokenizer, which evaluation needs; add tokenizer files to its folder"
+            f"{type(model).__name__} is of no task whose quality can be measured ({', '.join(TASKS)}); leave out the "
+            f"evaluation data, or set the task"
         )
 
     def read(function: Callable[..., Any], *arguments: Any) -> Any:
         with progress.task("reading evaluation data"):
             return function(*arguments)
 
+    if task in MEDIA_TASKS:
+        samples = read(media_samples, spec, processor, model, task)
+        with _follow(progress, label, len(samples.dataset)) as done:
+            return quality.class_accuracy(model, samples.dataset, samples.collate, batch=batch, progress=done)
+    need_tokenizer(processor, task)
+    if task == "seq2seq":
+        set_padding(model, processor)
+        dataset, collate = read(target_samples, spec, processor), target_collator(processor, model)
+        with _follow(progress, label, len(dataset)) as done:
+            return quality.target_perplexity(model, dataset, collate, batch=batch, progress=done)
     if task == "causal-lm":
         dataset = read(causal_blocks, spec, processor)
         check_length(spec, model)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from sparsify import masking
 from sparsify.layers.swap import sparse_modules
 from sparsify.preparation import budget, prepare
 from sparsify.recipe import ConvertStage, FinetuneStage
+from sparsify.recipe_training import Distill
 from sparsify.stages.convert import choose, pack
 from sparsify.stages.heal_choice import faster_form
 from sparsify.stages.prune import order_units
@@ -23,12 +26,41 @@ def run(stage: FinetuneStage, state: State) -> None:
     spec = state.recipe.data.train
     assert spec is not None
     with state.progress.task("reading training data"):
-        samples = load_samples(spec, state.processor, state.model, state.task, state.recipe.seed)
+        labelled = stage.distill is None or stage.distill.task > 0
+        samples = load_samples(
+            spec, state.processor, state.model, state.task, state.recipe.seed, labelled=labelled
+        )
+    if stage.distill is not None:
+        samples = _distilled(stage.distill, stage.batch, state, samples)
     if stage.pruner is not None:
         _search(stage, state, samples)
     else:
         _heal(stage, state, samples, spec.length)
     state.changed = True
+
+
+def _distilled(settings: Distill, batch: int, state: State, samples: Samples) -> Samples:
+    """The samples with a loss that learns from the teacher, which is loaded, or its stored outputs opened."""
+    from sparsify.training import teacher, teacher_cache
+    from sparsify.training.distillation import Weights, distilled
+
+    recipe, task = state.recipe, state.task
+    assert recipe.model is not None and task is not None
+    source = recipe.model
+    weights = Weights.of(settings, task)
+
+    def load() -> nn.Module:
+        with state.progress.task("loading the teacher"):
+            trust = recipe.trust_remote_code
+            return teacher.load_teacher(settings, source, task, state.processor, state.device, trust)
+
+    if settings.teacher_memory == "cache":
+        samples = teacher_cache.numbered(samples)
+        folder = state.trainer_folder / "teacher"
+        told = teacher_cache.cached(folder, samples, weights, load, batch, state.progress)
+        return distilled(samples, told, weights, task)
+    live = teacher.LiveTeacher(load(), offload=settings.teacher_memory == "offload")
+    return distilled(samples, live, weights, task)
 
 
 def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:

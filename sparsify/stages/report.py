@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import sparsify
-from sparsify import measure
+from sparsify import data, measure
 from sparsify.blocks import BlockMask
-from sparsify.recipe import ReportStage
+from sparsify.recipe import Recipe, ReportStage
 from sparsify.stages.state import State
 from sparsify.targets import KeptDense
 
@@ -26,10 +26,11 @@ def build(state: State) -> dict[str, Any]:
     """The report as it is written to `sparsify_report.json`.
 
     Returns:
-        `sparsify` (version), `environment`, `recipe`, `layers` (shape, block, blocks, density, and bytes of the
-        weight stored and dense), `kept_dense` (with reasons), `slower` (those of them that were pruned and would run
-        slower block-sparse), `totals`, `permuted` (what reordering units gained, see `sparsify.permutation.gain`),
-        `columns` (see `evaluate_models`), `history` (losses of each finetune stage) and `notes`.
+        `sparsify` (version), `environment`, `recipe`, `data` (SHA-256 of each source), `layers` (shape, block, blocks,
+        density, and bytes of the weight stored and dense), `kept_dense` (with reasons), `slower` (those of them that
+        were pruned and would run slower block-sparse), `totals`, `permuted` (what reordering units gained, see
+        `sparsify.permutation.gain`), `columns` (see `evaluate_models`), `history` (losses of each finetune stage) and
+        `notes`.
     """
     element_size = state.model.dtype.itemsize
     dense = state.dense_masks
@@ -41,6 +42,7 @@ def build(state: State) -> dict[str, Any]:
         "environment": measure.environment(),
         "recipe": state.recipe.model_dump(mode="json", exclude_none=True),
         "task": state.task,
+        "data": fingerprints(state.recipe),
         "layers": layers,
         "kept_dense": [
             {"name": layer.name, "shape": list(layer.shape), "reason": layer.reason} for layer in kept
@@ -52,6 +54,14 @@ def build(state: State) -> dict[str, Any]:
         "history": state.history,
         "notes": state.notes,
     }
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the content and the settings of each source that a stage reads (see `sparsify.data.fingerprint`)."""
+    readers = {"train": "finetune", "eval": "evaluate", "calibration": "calibrate"}
+    stages = {stage.stage for stage in recipe.stages}
+    sources = {kind: getattr(recipe.data, kind) for kind, stage in readers.items() if stage in stages}
+    return {kind: data.fingerprint(spec) for kind, spec in sources.items() if spec is not None}
 
 
 def layer_entry(name: str, mask: BlockMask, packed: bool, element_size: int) -> dict[str, Any]:

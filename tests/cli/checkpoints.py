@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import wave
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -15,6 +22,13 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
 )
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<mask>"]
@@ -82,6 +96,130 @@ def bert_masked(folder: Path) -> Path:
 def bert_classifier(folder: Path) -> Path:
     """A BERT with two classes."""
     return bert(folder, BertForSequenceClassification)
+
+
+def t5(folder: Path) -> Path:
+    """An encoder and decoder of two layers each."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(SPECIAL) + len(LETTERS),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=1,
+        eos_token_id=3,
+        decoder_start_token_id=1,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer(framed=True).save_pretrained(folder)
+    return folder
+
+
+def vit(folder: Path) -> Path:
+    """A ViT of two layers and two classes without names, for pictures of 32x32; its processor needs no torchvision."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        num_labels=2,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    settings = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 2,
+        "size": {"height": 32, "width": 32},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def ast(folder: Path) -> Path:
+    """A spectrogram transformer of two layers and two classes, for a second of sound."""
+    torch.manual_seed(0)
+    config = ASTConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_length=64,
+        num_mel_bins=32,
+        num_labels=2,
+    )
+    ASTForAudioClassification(config).save_pretrained(folder)
+    ASTFeatureExtractor(max_length=64, num_mel_bins=32).save_pretrained(folder)
+    return folder
+
+
+def wav2vec2(folder: Path) -> Path:
+    """A speech model that reads the wave itself, with a mask for padding; two layers, two classes."""
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        conv_dim=(16, 16),
+        conv_stride=(40, 8),
+        conv_kernel=(40, 8),
+        num_feat_extract_layers=2,
+        feat_extract_norm="layer",
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        classifier_proj_size=32,
+        mask_time_prob=0.0,
+        layerdrop=0.0,
+        num_labels=2,
+    )
+    Wav2Vec2ForSequenceClassification(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
+    return folder
+
+
+def targets(folder: Path) -> Path:
+    """Words and the same words backwards."""
+    file = folder / "targets.jsonl"
+    words = [f"word {index} {'abc' * (index % 3)}" for index in range(24)]
+    file.write_text("".join(json.dumps({"source": w, "target": w[::-1]}) + "\n" for w in words))
+    return file
+
+
+def pictures(folder: Path) -> Path:
+    """A folder of each class: dark pictures and bright ones, of several sizes."""
+    generator = np.random.default_rng(0)
+    for index in range(24):
+        name = "bright" if index % 2 else "dark"
+        (folder / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        size = (20 + index, 30, 3)
+        pixels = generator.integers(0, 100, size, np.uint8) + np.uint8(150 if index % 2 else 0)
+        Image.fromarray(pixels).save(folder / "pictures" / name / f"{index:02}.png")
+    return folder / "pictures"
+
+
+def sounds(folder: Path, rate: int = 8000) -> Path:
+    """A folder of each class: high notes and low ones, of several lengths."""
+    for index in range(16):
+        name = "high" if index % 2 else "low"
+        (folder / "sounds" / name).mkdir(parents=True, exist_ok=True)
+        times = np.arange(rate // 4 + 100 * index) / rate
+        wave_of = (np.sin(2 * np.pi * (1500 if index % 2 else 200) * times) * 20000).astype("<i2")
+        with wave.open(str(folder / "sounds" / name / f"{index:02}.wav"), "wb") as stream:
+            stream.setnchannels(1)
+            stream.setsampwidth(2)
+            stream.setframerate(rate)
+            stream.writeframes(wave_of.tobytes())
+    return folder / "sounds"
 
 
 def text(folder: Path) -> Path:
