@@ -32,5 +32,9 @@ class OutputError(SparsifyError):
     """An output folder that exists, cannot be written, or does not fit on the disk."""
 
 
+class DeviceMemoryError(SparsifyError):
+    """Work that needs more memory than its device has."""
+
+
 class DataError(SparsifyError, ValueError):
     """A data file or data set that cannot be read, is empty, or lacks the column asked for."""

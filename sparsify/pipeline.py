@@ -8,25 +8,29 @@ checkpoint. Every stage starts from its own seed, so a resumed run writes the sa
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsify import measure
+from sparsify import measure, processes
 from sparsify.blocks import BlockMask
 from sparsify.checkpoint import reader, writer
 from sparsify.checkpoint.format import REPORT_FILE
 from sparsify.errors import OutputError, SparsifyError
+from sparsify.interruptions import Interrupted, Terminated, memory_told, stoppable
 from sparsify.layers.swap import masks_of
-from sparsify.plan import Plan, make_plan, resolve_device, writes
+from sparsify.output_lock import OutputLock
+from sparsify.plan import Plan, make_plan, resolve_device, resolve_task, skeleton, writes
 from sparsify.progress import Progress
 from sparsify.recipe import Recipe
 from sparsify.stages import State, run_stage
 from sparsify.stages.convert import pack
 from sparsify.stages.prune import restore_masks
 from sparsify.stages.report_page import render
+from sparsify.stages.sharing import share
 from sparsify.targets import KeptDense
 from sparsify.walk_cache import WalkCache
 from sparsify.workfolder import WorkFolder, last_trainer_checkpoint, replace_text
@@ -35,10 +39,6 @@ from sparsify.workfolder import WorkFolder, last_trainer_checkpoint, replace_tex
 LONG_STAGES = {"calibrate", "finetune", "evaluate"}
 # Beside the output: scores of pruners that need calibration data (see `sparsify.sequential`).
 SCORES_FOLDER = "sparsify-scores"
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; its text says what is left and how to go on."""
 
 
 @dataclass(frozen=True)
@@ -79,34 +79,72 @@ def run(
         SparsifyError: A child of it for whatever the user can put right; see `make_plan`. Nothing is written then.
         Interrupted: On Ctrl-C; `out` is untouched.
     """
-    progress = progress or Progress()
+    recipe = recipe.model_copy(update={"device": processes.join(recipe.device)})
+    progress = progress if progress is not None and processes.is_first() else Progress()
+    with ExitStack() as stack:
+        plan, work = processes.first_alone(lambda: _ready(recipe, force, resume, progress, stack)) or (
+            _plan_of_others(recipe),
+            _folder(recipe),
+        )
+        return _run(recipe, plan, work, force, progress)
+
+
+def _ready(
+    recipe: Recipe, force: bool, resume: bool, progress: Progress, stack: ExitStack
+) -> tuple[Plan, WorkFolder | None]:
+    """Checks everything, and takes hold of the output folder."""
     plan = make_plan(recipe, force=force)
+    if recipe.out is not None and writes(recipe):
+        stack.enter_context(OutputLock(Path(recipe.out).expanduser().resolve()))
     work = _work_folder(recipe, force, resume)
     if work is not None and resume and not work.exists:
         progress.note("nothing to resume: starting from the beginning")
+    return plan, work
+
+
+def _plan_of_others(recipe: Recipe) -> Plan:
+    """What a process needs to know that leaves checks, notes and writing to the first one."""
+    assert recipe.model is not None
+    model = skeleton(recipe)
+    return Plan(
+        recipe.model,
+        type(model).__name__,
+        resolve_task(recipe.task, recipe.model, type(model).__name__),
+        None,
+        [],
+    )
+
+
+def _run(recipe: Recipe, plan: Plan, work: WorkFolder | None, force: bool, progress: Progress) -> RunResult:
     started: _Run | None = None
     try:
-        started = _Run(recipe, plan, work, progress)
-        return started.run(force)
-    except KeyboardInterrupt:
-        raise Interrupted(_how_to_go_on(work)) from None
+        with stoppable():
+            started = _Run(recipe, plan, work, progress)
+            return started.run(force)
+    except KeyboardInterrupt as error:
+        kind = Terminated if isinstance(error, Terminated) else Interrupted
+        raise kind(_how_to_go_on(work, "terminated" if kind is Terminated else "interrupted")) from None
     except SparsifyError:
-        if work is not None and started is not None and not started.lasting:
+        if work is not None and started is not None and not started.lasting and processes.is_first():
             work.remove()
         raise
     finally:
-        if work is not None and not work.exists:
+        if work is not None and not work.exists and processes.is_first():
             work.remove()
 
 
-def _work_folder(recipe: Recipe, force: bool, resume: bool) -> WorkFolder | None:
-    if (
-        recipe.out is None
-        or not writes(recipe)
-        or LONG_STAGES.isdisjoint(stage.stage for stage in recipe.stages)
-    ):
+def _folder(recipe: Recipe) -> WorkFolder | None:
+    """The work folder of a recipe that needs one."""
+    short = LONG_STAGES.isdisjoint(stage.stage for stage in recipe.stages)
+    if recipe.out is None or not writes(recipe) or short:
         return None
-    work = WorkFolder(Path(recipe.out).expanduser().resolve(), recipe)
+    return WorkFolder(Path(recipe.out).expanduser().resolve(), recipe)
+
+
+def _work_folder(recipe: Recipe, force: bool, resume: bool) -> WorkFolder | None:
+    work = _folder(recipe)
+    if work is None:
+        return None
     if work.exists and not resume and not force:
         raise OutputError(
             f"{work.path} is left from an interrupted run: go on with --resume, or start over with --force"
@@ -116,12 +154,12 @@ def _work_folder(recipe: Recipe, force: bool, resume: bool) -> WorkFolder | None
     return work
 
 
-def _how_to_go_on(work: WorkFolder | None) -> str:
+def _how_to_go_on(work: WorkFolder | None, what: str) -> str:
     if work is None:
-        return "interrupted: nothing was written"
+        return f"{what}: nothing was written"
     if not work.exists:
-        return "interrupted before the first stage had finished: nothing was written"
-    return f"interrupted: finished work is kept in {work.path}; run the same command with --resume to go on"
+        return f"{what} before the first stage had finished: nothing was written"
+    return f"{what}: finished work is kept in {work.path}; run the same command with --resume to go on"
 
 
 class _Run:
@@ -131,10 +169,11 @@ class _Run:
         self.recipe, self.plan, self.work, self.progress = recipe, plan, work, progress
         self.saved: dict[str, Any] = work.read() if work is not None else {}
         self.finished: int = self.saved.get("finished", 0)
-        # Statistics are not stored: a resumed run collects them again.
-        while self.finished and recipe.stages[self.finished - 1].stage == "calibrate":
+        # Statistics are not stored, nor is the report, which is put together from the rest: both are made again.
+        while self.finished and recipe.stages[self.finished - 1].stage in ("calibrate", "report"):
             self.finished -= 1
         self.state = self._start()
+        processes.meet()  # nobody reads the work folder any more, which the first process is about to change
 
     @property
     def lasting(self) -> bool:
@@ -153,13 +192,27 @@ class _Run:
             self._prepare_training(stage.stage)
             torch.manual_seed(self.recipe.seed + index)
             self.progress.stage(index, len(stages), stage.stage)
-            run_stage(stage, state)
+            kept = (
+                "finished work is kept: then go on with --resume"
+                if self.work is not None
+                else "nothing is kept"
+            )
+            with memory_told(stage, index, kept):
+                self._stage(stage)
             self.finished = index + 1
             self._keep()
-        out = self._write(force) if writes(self.recipe) else None
-        if self.work is not None:
+        out = processes.first_alone(lambda: self._write(force) if writes(self.recipe) else None)
+        if self.work is not None and processes.is_first():
             self.work.remove()
         return RunResult(out, state.report, state.model, state.processor)
+
+    def _stage(self, stage: Any) -> None:
+        """One stage: all processes train together, the first one does everything else."""
+        if stage.stage == "finetune":
+            run_stage(stage, self.state)
+        else:
+            processes.first_alone(lambda: run_stage(stage, self.state))
+            share(self.state)
 
     def _start(self) -> State:
         """The state before the first stage to run, from the source or from what an earlier run left."""
@@ -215,7 +268,7 @@ class _Run:
 
     def _keep(self, training: bool = False) -> None:
         """Stores the state after the last finished stage, or in a stage that is about to train."""
-        if self.work is None:
+        if self.work is None or not processes.is_first():
             return
         state, label = self.state, f"{self.finished}{'t' if training else ''}"
         weights, masks = self.saved.get("weights"), self.saved.get("masks")

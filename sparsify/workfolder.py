@@ -11,9 +11,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from sparsify.blocks import BlockMask
 from sparsify.errors import CheckpointError, ConfigError, OutputError
@@ -21,8 +24,10 @@ from sparsify.masking import load_masks, save_masks
 from sparsify.recipe import Recipe
 
 STATE_FILE = "state.json"
-# Where a run computes, and where it writes, may change between interruption and resumption.
-_MAY_CHANGE = {"out", "device", "name", "description"}
+# What may change between interruption and resumption: where a run computes and writes, and how many samples it takes at
+# once, as a run that was too large for its GPU has to. An optimizer step must be of as many samples as before.
+_MAY_CHANGE = {"out", "device", "name", "description", "offload"}
+_MAY_CHANGE_IN_STAGES = {"batch", "accumulate", "gradient_checkpointing"}
 
 
 class WorkFolder:
@@ -44,8 +49,13 @@ class WorkFolder:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the result: the recipe without its names, output and device."""
+        """SHA-256 of what decides the result: the recipe without what may change."""
         settings = self._recipe.model_dump(mode="json", exclude=_MAY_CHANGE)
+        for stage in settings["stages"]:
+            if stage["stage"] == "finetune":
+                stage["samples"] = stage["batch"] * stage["accumulate"]
+            for key in _MAY_CHANGE_IN_STAGES & stage.keys():
+                del stage[key]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def trainer_folder(self, index: int) -> Path:
@@ -78,7 +88,8 @@ class WorkFolder:
         """Stores the state in one step, then removes whatever it no longer refers to."""
         self.create()
         text = json.dumps({**state, "recipe": self.fingerprint}, indent=2)
-        replace_text(self.path / STATE_FILE, text)
+        with self._writing(STATE_FILE):
+            replace_text(self.path / STATE_FILE, text)
         wanted = {STATE_FILE, state.get("weights"), state.get("masks"), state.get("trainer")}
         for entry in self.path.iterdir():
             if entry.name not in wanted:
@@ -88,8 +99,20 @@ class WorkFolder:
         """Stores masks as `name` (a safetensors file)."""
         self.create()
         fresh = self.path / f"{name}.tmp-{os.getpid()}"
-        save_masks(fresh, masks)
-        fresh.replace(self.path / name)
+        with self._writing(name):
+            save_masks(fresh, masks)
+            fresh.replace(self.path / name)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(
+                f"cannot write {self.path / name}: {reason}; what was stored before is whole: make room on the disk "
+                f"and go on with --resume"
+            ) from error
 
     def read_masks(self, name: str) -> dict[str, BlockMask]:
         """Reads what `write_masks` stored."""

@@ -1,6 +1,6 @@
 """The command `sparsify`: its verbs, and how errors end it.
 
-Exit codes: 0 done; 2 something the user can put right, told in one line; 130 Ctrl-C.
+Exit codes: 0 done; 2 something the user can put right, told in one line; 130 Ctrl-C; 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Verbs(TyperGroup):
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
             console.err().print(escape(str(error) or "interrupted"))
-            raise typer.Exit(INTERRUPTED) from error
+            raise typer.Exit(getattr(error, "exit_code", INTERRUPTED)) from error
 
 
 app = typer.Typer(

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsify.checkpoint.conversions import own_names
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.progress import Advance, Progress
 from sparsify.recipe import FinetuneStage
+from sparsify.training.masked_tokens import TokenHider
+from sparsify.training.pruning_callback import PruningCallback
 from sparsify.training.samples import UNITS, Samples
+from sparsify.training.saving import written_whole
 
 # Without `save_steps` and `logging_steps`: shares of the run between two checkpoints, and between two losses.
 SAVE_EVERY, LOG_EVERY = 0.1, 0.02
@@ -70,7 +74,7 @@ def train(
     model.train()
     try:
         with _float32_weights(model), own_names(model), progress.task("training") as advance:
-            follow = _Follow(advance, stage.pruner.sparsity if stage.pruner else None)
+            follow = _Follow(advance, stage.pruner.sparsity if stage.pruner else None, samples.collate)
             trainer = _Trainer(samples, sparsity, model=model, args=arguments, callbacks=[*callbacks, follow])
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -153,6 +157,16 @@ class _Trainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         return self._loss(model, inputs)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The Trainer writes its own state last, and then drops the checkpoint before: a run that is killed in between
+        # finds one of the two whole. So masks come first, not in `on_save`.
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with written_whole(folder):
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, PruningCallback):
+                    callback.save(folder, self.state)
+            super()._save_checkpoint(model, trial)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             now = time.perf_counter()
@@ -166,16 +180,22 @@ class _Trainer(Trainer):
 class _Follow(TrainerCallback):
     """Drives the progress bar, stops a run whose loss is no number, and leaves the last step's saving to the stage."""
 
-    def __init__(self, advance: Advance, target: float | None) -> None:
-        self._advance, self._target = advance, target
+    def __init__(self, advance: Advance, target: float | None, collate: Any) -> None:
+        self._advance, self._target, self._collate = advance, target, collate
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(state.global_step, total=state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self._collate, TokenHider):
+            self._collate.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(1)
         if state.global_step >= state.max_steps:
             control.should_save = False
+        # A resumed run counts its losses from the checkpoint on: so does an unbroken one, and both log the same curve.
+        control.should_log |= control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
@@ -199,9 +219,11 @@ class _Follow(TrainerCallback):
 
 @contextmanager
 def _float32_weights(model: nn.Module) -> Iterator[None]:
-    """Holds floating parameters in float32; afterwards each has its own dtype back."""
+    """Holds floating parameters that are trained in float32; afterwards each has its own dtype back."""
     dtypes = {
-        name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()
+        name: parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.requires_grad
     }
     parameters = dict(model.named_parameters())
     for name in dtypes:
