@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
     )
     _needs_task(recipe, plan)
     _check_teachers(recipe, plan.task)
+    _check_adapters(recipe)
     removed = _plan_layers(recipe, model, plan, device)
     plan.bytes_out = plan.bytes_dense - removed if out is not None else 0
     if any(isinstance(stage, FinetuneStage) for stage in recipe.stages):
@@ -271,6 +273,11 @@ def _needs_task(recipe: Recipe, plan: Plan) -> None:
             f"the {needs[0]} stage must know what {plan.architecture} is for: set `task` to one of "
             f"{', '.join(reader.TASKS)}; models for anything else can be pruned, but not trained or scored here"
         )
+
+
+def _check_adapters(recipe: Recipe) -> None:
+    if any(getattr(stage, "lora", None) is not None for stage in recipe.stages) and find_spec("peft") is None:
+        raise ConfigError("lora needs PEFT, which is not installed: pip install 'block-sparsify[peft]'")
 
 
 def _check_teachers(recipe: Recipe, task: str | None) -> None:

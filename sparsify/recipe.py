@@ -31,7 +31,7 @@ from sparsify.blocks import BlockShape
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.recipe_faults import Fault, check_trainer_arguments, describe, from_pydantic, order_faults
 from sparsify.recipe_file import RecipeText, apply_overrides, locate
-from sparsify.recipe_training import Distill, Patterns, Strict
+from sparsify.recipe_training import Distill, Lora, Patterns, Strict
 
 Task: TypeAlias = Literal[
     "auto",
@@ -246,6 +246,7 @@ class FinetuneStage(Strict):
         heal: Train the kept blocks only (`packed`) or dense weights under their mask (`masked`); `auto` measures a
             step of each and takes the faster one.
         distill: Learn from a dense teacher too.
+        lora: Train low-rank updates of packed blocks only, and merge them in the end.
         save_steps: Optimizer steps between two points from which `--resume` can go on; a tenth of the run when left
             out.
         trainer: Further `transformers.TrainingArguments`, other than those that the keys above decide.
@@ -265,6 +266,7 @@ class FinetuneStage(Strict):
     pruner: Search | None = None
     heal: Heal = "auto"
     distill: Distill | None = None
+    lora: Lora | None = None
     save_steps: int | None = Field(default=None, ge=1)
     trainer: dict[str, Any] = Field(default_factory=dict)
 

@@ -213,6 +213,15 @@ def _heal_faults(stages: list[Mapping[str, Any]], index: int, packed: bool, prun
     later_dense = any(
         stage.get("stage") == "convert" and stage.get("format") == "dense" for stage in stages[index:]
     )
+    if stages[index].get("lora") is not None:
+        if stages[index].get("pruner") is not None:
+            fault(index, "lora trains packed blocks, which a stage with a pruner does not have yet", "lora")
+            return False
+        if heal == "masked":
+            fault(index, "lora trains packed blocks; leave `heal` out", "heal")
+        heal = "packed"
+        if not pruned:  # of a block-sparse source, or there is nothing to train
+            return False
     if stages[index].get("pruner") is not None:
         if heal != "auto":
             fault(index, "a stage with a pruner searches the mask and cannot heal; leave `heal` out", "heal")

@@ -53,3 +53,19 @@ class Distill(Strict):
                 "logits, hidden and embedding are all 0, so there is nothing to learn from the teacher"
             )
         return self
+
+class Lora(Strict):
+    """Training low-rank updates of the stored blocks, and nothing else; they are merged into the blocks at the end.
+
+    Attributes:
+        rank: Rank of an update.
+        alpha: The update counts `alpha / rank`.
+        dropout: Share of a layer's inputs that the update does not see.
+        targets: Block-sparse layers to update, by exact name, `re:` pattern or last part of the name; all when left
+            out.
+    """
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Patterns | None = None

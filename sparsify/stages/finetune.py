@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
-from sparsify import masking
+from sparsify import masking, processes
+from sparsify.errors import ConfigError
 from sparsify.layers.swap import sparse_modules
 from sparsify.preparation import budget, prepare
 from sparsify.recipe import ConvertStage, FinetuneStage
@@ -19,6 +22,7 @@ from sparsify.stages.state import State
 from sparsify.training.finetune import train
 from sparsify.training.pruning_callback import PruningCallback
 from sparsify.training.samples import Samples, load_samples
+from sparsify.training.sharding import fill, gathered, spare
 
 
 def run(stage: FinetuneStage, state: State) -> None:
@@ -72,6 +76,7 @@ def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:
     state.keep()
     searched = {layer.name for layer in selection.layers}
     fixed = {name: mask for name, mask in state.dense_masks.items() if name not in searched}
+    whole = spare(state.model) if processes.is_sharding() else None
     masking.mask_model(state.model, fixed, dense_gradient=False)
     callback = PruningCallback(
         pruner,
@@ -82,24 +87,53 @@ def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:
         settings.schedule,
         settings.every,
     )
-    _train(stage, state, samples, lambda: masking.removed_share(state.model, selection.layers), callback)
-    state.prune(masking.unmask(state.model), selection.dense)
+
+    def sparsity() -> float:
+        with gathered(selection.layers):
+            return masking.removed_share(state.model, selection.layers)
+
+    _train(stage, state, samples, sparsity, callback)
+    masks = masking.unmask(state.model)
+    _gather(state, whole)
+    state.prune(masks, selection.dense)
     state.trained = settings.until < 1
 
 
 def _heal(stage: FinetuneStage, state: State, samples: Samples, length: int) -> None:
     """Trains kept blocks alone: packed, or in dense weights under the mask."""
-    form = _form(stage, state, stage.batch * length)
+    form = processes.from_first(_form(stage, state, stage.batch * length) if processes.is_first() else "")
     if form == "packed":
         choose(state, _dense_where_slower(state))
         pack(state)
     state.keep()
+    whole = spare(state.model) if processes.is_sharding() else None
     # All that is masked, or what stays dense beside packed layers.
     masking.mask_model(state.model, state.dense_masks, dense_gradient=False)
     kept = totals(state.masks)["sparsity"]
-    _train(stage, state, samples, (lambda: kept) if state.masks else None)
+    with _adapted(stage, state.model) as model:
+        _train(stage, state, samples, (lambda: kept) if state.masks else None, model=model)
     masking.unmask(state.model)
+    _gather(state, whole)
     state.trained = bool(state.masks)
+
+
+@contextmanager
+def _adapted(stage: FinetuneStage, model: Any) -> Iterator[Any]:
+    """What is trained: the model, or low-rank updates of its packed blocks, which are merged at the end."""
+    if stage.lora is None:
+        yield model
+        return
+    from sparsify.training.lora import adapted
+
+    with adapted(model, stage.lora) as wrapped:
+        yield wrapped
+
+
+def _gather(state: State, whole: Any) -> None:
+    """Puts the whole model, with the weights that its shards have now, in the place of the sharded one."""
+    if whole is not None:
+        fill(whole, state.model, state.device)
+        state.model = whole
 
 
 def _dense_where_slower(state: State) -> str:
@@ -110,16 +144,31 @@ def _dense_where_slower(state: State) -> str:
 
 def _form(stage: FinetuneStage, state: State, tokens: int) -> str:
     """`packed`, `masked`, or `dense` where there is no mask."""
+    if processes.is_sharding() and (
+        sparse_modules(state.model) or stage.heal == "packed" or stage.lora is not None
+    ):
+        raise ConfigError(
+            "packed blocks cannot be sharded: heal masked (heal: masked), or launch this stage with DDP, as ddp.yaml in "
+            "recipes/accelerate does"
+        )
     if sparse_modules(state.model):  # of a block-sparse source, perhaps with more masks since
         return "packed"
     if not state.masks:
+        if stage.lora is not None:
+            raise ConfigError(
+                "lora trains packed blocks, and this model has none: prune it in a stage before"
+            )
         return "dense"
+    if stage.lora is not None:
+        return "packed"
     if stage.heal != "auto":
         return stage.heal
     key = f"heal.{state.index}"
     if key not in state.choices:
         later = state.recipe.stages[state.index :]
-        if any(other.stage == "convert" and other.format == "dense" for other in later):
+        if processes.is_sharding():
+            state.choices[key], reason = "masked", "packed blocks cannot be sharded"
+        elif any(other.stage == "convert" and other.format == "dense" for other in later):
             state.choices[key], reason = "masked", "the result is to be dense"
         else:
             with state.progress.task("timing both ways to heal"):
@@ -134,9 +183,10 @@ def _train(
     samples: Samples,
     sparsity: Callable[[], float] | None,
     *callbacks: PruningCallback,
+    model: Any = None,
 ) -> None:
     points = train(
-        state.model,
+        state.model if model is None else model,
         samples,
         stage,
         state.trainer_folder,

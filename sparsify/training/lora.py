@@ -13,8 +13,11 @@ LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners import tuners_utils
@@ -27,6 +30,9 @@ from sparsify.errors import ConfigError
 from sparsify.kernels.ops import block_sparse_linear
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.packed import PackedModule
+
+if TYPE_CHECKING:
+    from sparsify.recipe_training import Lora
 
 # The other initialisations of PEFT rewrite the base weight or need it dense.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
@@ -108,6 +114,71 @@ class BlockSparseLora(lora_layer.Linear):
             update = block_sparse_linear(dropped, values, None, base.topology("weight"), base.out_features)
             result = result + update.to(result.dtype)
         return result
+
+
+@contextmanager
+def adapted(model: Any, settings: Lora) -> Iterator[Any]:
+    """While it is open, the model has an adapter on its block-sparse layers, and nothing else is trained.
+
+    At the end the updates are merged into the stored blocks: the model is what it was, with other values.
+
+    Args:
+        model: A transformers model with block-sparse layers.
+        settings: Size and targets of the adapter.
+
+    Yields:
+        The model in PEFT's wrapper, which saves and loads the adapter alone.
+
+    Raises:
+        ConfigError: If a target means no block-sparse linear layer.
+    """
+    from peft import get_peft_model
+
+    register()
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides it, whole or not
+        lora_dropout=settings.dropout,
+        target_modules=adaptable(model, settings.targets),
+    )
+    wrapped: Any = get_peft_model(model, config)
+    yield wrapped
+    wrapped.merge_and_unload()
+    # What PEFT leaves behind would make transformers look for an adapter.
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
+
+
+def adaptable(model: Any, targets: Sequence[str] | None) -> list[str]:
+    """Names of the block-sparse linear layers that targets mean: exact names, `re:` patterns, or a name's last part.
+
+    Raises:
+        ConfigError: If there are none, or a target means none of them.
+    """
+    layers = [name for name, module in model.named_modules() if isinstance(module, BlockSparseLinear)]
+    if not layers:
+        raise ConfigError("lora trains packed blocks, and this model has no block-sparse linear layer")
+    if targets is None:
+        return layers
+    chosen: dict[str, None] = {}
+    for target in targets:
+        found = [name for name in layers if _means(target, name)]
+        if not found:
+            parts = sorted({name.rpartition(".")[2] for name in layers})
+            raise ConfigError(
+                f"lora target {target!r} means no block-sparse layer; their names end in {', '.join(parts)}"
+            )
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
+
+
+def _means(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.search(target.removeprefix("re:"), name) is not None
+    return name == target or name.endswith(f".{target}")
 
 
 def register() -> None:
