@@ -17,7 +17,7 @@ import torch
 
 from sparsify import measure, processes
 from sparsify.blocks import BlockMask
-from sparsify.checkpoint import reader, writer
+from sparsify.checkpoint import reader, scratch, writer
 from sparsify.checkpoint.format import REPORT_FILE
 from sparsify.errors import OutputError, SparsifyError
 from sparsify.interruptions import Interrupted, Terminated, memory_told, stoppable
@@ -228,12 +228,17 @@ class _Run:
             # A new head is random until a stage trains it; without such a stage nothing would.
             complete = not any(stage.stage == "finetune" for stage in recipe.stages)
             home = torch.device("cpu") if recipe.offload else device
-            model = reader.load(source, home, dtype, task, recipe.trust_remote_code, complete)
+            drawn = recipe.from_scratch and source == recipe.model
+            if drawn:
+                model = scratch.draw(source, home, dtype, task, recipe.trust_remote_code, recipe.seed)
+            else:
+                model = reader.load(source, home, dtype, task, recipe.trust_remote_code, complete)
             reader.check_weights(model)
             processor = reader.load_processor(recipe.model, recipe.trust_remote_code)
         state = State(
             recipe, model, processor, self.plan.task, device, self.progress, keep=self._keep_before_training
         )
+        state.changed = drawn
         if recipe.out is not None:
             # Beside the output, and not in it, so that another run finds it.
             state.cache = WalkCache(Path(recipe.out).expanduser().resolve().with_name(SCORES_FOLDER))

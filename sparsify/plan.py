@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
     for spec in used_data(recipe):
         data.check(spec)
     if Path(recipe.model).expanduser().exists() or recipe.model.startswith(("/", ".", "~")):
-        reader.check_source(recipe.model, recipe.trust_remote_code)
+        reader.check_source(recipe.model, recipe.trust_remote_code, weights=not recipe.from_scratch)
     model = skeleton(recipe)
     plan = Plan(
         model=recipe.model,
@@ -119,6 +119,10 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
         stages=[describe(stage) for stage in recipe.stages],
         bytes_dense=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
     )
+    if recipe.from_scratch:
+        plan.notes.append(
+            f"from_scratch: weights are drawn anew with seed {recipe.seed}, not read from {recipe.model}"
+        )
     _needs_task(recipe, plan)
     _check_teachers(recipe, plan.task)
     _check_adapters(recipe)
@@ -213,7 +217,7 @@ def skeleton(recipe: Recipe) -> nn.Module:
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None:
             method = dict(quantization).get("quant_method")
-            if method == QUANT_METHOD:
+            if method == QUANT_METHOD and not recipe.from_scratch:
                 return build(config)
             raise CheckpointError(
                 f"{recipe.model} is quantized ({method}), which cannot be pruned or trained here: take the model in "
@@ -342,7 +346,7 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.dev
         for layer in selection.layers:
             stays_dense = layer.index is None and layer.shape in slower and not all_packed
             saved[layer.name] = 0 if stays_dense else _saved_bytes(layer, settings.sparsity)
-    plan.notes = list(notes)
+    plan.notes += notes
     return sum(saved.values())
 
 

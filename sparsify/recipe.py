@@ -341,6 +341,7 @@ class Recipe(Strict):
         offload: Keep the model in main memory while it is pruned with calibration data, and bring one transformer
             block at a time to the device; for models larger than the GPU. What is packed then moves to the device.
         seed: Seed of everything random.
+        from_scratch: Take only the configuration and the tokenizer of `model`; weights are drawn anew with `seed`.
         trust_remote_code: Run the Python code that a checkpoint brings with it.
         data: Data for `finetune`, `evaluate` and `calibrate`.
         stages: What to do, in order.
@@ -359,6 +360,7 @@ class Recipe(Strict):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     offload: bool = False
     seed: int = Field(default=0, ge=0)
+    from_scratch: bool = False
     trust_remote_code: bool = False
     data: Data = Field(default_factory=Data)
     stages: list[Stage] = Field(min_length=1)

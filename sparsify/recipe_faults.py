@@ -192,6 +192,18 @@ def order_faults(data: Mapping[str, Any]) -> list[Fault]:
         if name == "finetune":
             if not sources.get("train"):
                 fault(index, "finetune needs data.train")
+            distill = stage.get("distill")
+            if (
+                data.get("from_scratch") is True
+                and isinstance(distill, Mapping)
+                and not distill.get("teacher")
+            ):
+                fault(
+                    index,
+                    "the recipe's model begins with random weights (from_scratch), so it cannot teach: name a "
+                    "trained checkpoint as `teacher`",
+                    "distill",
+                )
             train = sources.get("train")
             if isinstance(train, Mapping) and train.get("stream") and stage.get("steps") is None:
                 fault(index, "data.train is streamed, so its length is not known: give `steps`, not `epochs`")

@@ -15,12 +15,13 @@ from sparsify.errors import CheckpointError
 _NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
 
 
-def check_source(path: str | Path, trust_remote_code: bool = False) -> Path:
+def check_source(path: str | Path, trust_remote_code: bool = False, weights: bool = True) -> Path:
     """Checks that a checkpoint, dense or block-sparse, is complete and safe to load, before anything is loaded.
 
     Args:
         path: A folder, or a name on the Hub (which is downloaded).
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        weights: Whether its weights are wanted.
 
     Returns:
         The local folder.
@@ -36,7 +37,8 @@ def check_source(path: str | Path, trust_remote_code: bool = False) -> Path:
             f"{path} needs Python code that comes with the checkpoint, which is not run: use a model that "
             f"transformers knows itself, or pass --trust-remote-code (trust_remote_code=True) if you trust that code"
         )
-    read_headers(weight_files(folder))
+    if weights:
+        read_headers(weight_files(folder))
     return folder
 
 
