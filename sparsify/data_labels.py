@@ -24,12 +24,11 @@ class Classes:
     """
 
     def __init__(self, label2id: Mapping[str, int] | None, names: Iterable[Any] | None, spec: Source) -> None:
-        words = sorted({str(name) for name in names or ()})
+        words = sorted({str(name) for name in names or () if not _is_number(name)})
         self._spec = spec
         self.numbers = dict(label2id) if label2id else {word: number for number, word in enumerate(words)}
         self._count = max(self.numbers.values(), default=-1) + 1 if label2id else None
-        strange = not set(words) <= self.numbers.keys() and not all(map(_is_number, words))
-        if label2id and strange and _unnamed(label2id):
+        if label2id and _unnamed(label2id) and not set(words) <= label2id.keys():
             if len(words) != len(label2id):
                 raise DataError(
                     f"{title(spec)} has {len(words)} labels ({', '.join(words[:5])}{', ...' * (len(words) > 5)}), "
@@ -45,7 +44,7 @@ class Classes:
             DataError: If the model has no such class.
         """
         place = f"{title(self._spec)}, row {row + 1}"
-        if _is_number(label):
+        if re.fullmatch(r"-?\d+", str(label)):
             number = int(label)
             if self._count is not None and not 0 <= number < self._count:
                 raise DataError(
@@ -66,7 +65,11 @@ def class_numbers(labels: Sequence[Any], label2id: Mapping[str, int] | None, spe
 
 
 def _is_number(label: Any) -> bool:
-    return re.fullmatch(r"-?\d+", str(label)) is not None
+    try:
+        float(label)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _unnamed(label2id: Mapping[str, int]) -> bool:

@@ -107,8 +107,8 @@ def decode_sound(media: dict[str, Any], rate: int) -> np.ndarray:
             content = stream.readframes(stream.getnframes())
     except (OSError, EOFError, wave.Error) as error:
         raise DataError(
-            f"cannot read recording {media.get('path')}: {error or 'it ends early'}; only WAV files with PCM samples "
-            f"are read, convert others first"
+            f"cannot read recording {media.get('path')}: {str(error) or 'it ends early'}; only WAV files with "
+            f"PCM samples are read, convert others first"
         ) from error
     sound = _as_floats(content, width).reshape(-1, channels).mean(axis=1)
     if len(sound) == 0:

@@ -93,11 +93,21 @@ def columns_of(spec: Source, usual: Sequence[tuple[str, ...]], meaning: str) -> 
         DataError: If the source cannot be read or lacks a column.
     """
     table = read_table(spec)
-    if spec.columns is not None and any(
-        "." in name and name not in table.column_names for name in spec.columns
-    ):
-        table = table.flatten()
-    return [list(table[name]) for name in chosen_columns(spec, table.column_names, usual, meaning)]
+    inner = {
+        f"{name}.{key}": (name, key)
+        for name, feature in table.features.items()
+        if isinstance(feature, dict)
+        for key in feature
+    }
+    names = chosen_columns(spec, [*table.column_names, *inner], usual, meaning)
+
+    def values(name: str) -> list[Any]:
+        if name in table.column_names:
+            return list(table[name])
+        outer, key = inner[name]
+        return [cell[key] for cell in table[outer]]
+
+    return [values(name) for name in names]
 
 
 def rows_of(spec: Source, usual: Sequence[tuple[str, ...]], meaning: str) -> Iterator[tuple[Any, ...]]:
@@ -149,7 +159,7 @@ def chosen_columns(
     wanted = _usual(present, usual) if spec.columns is None else tuple(spec.columns)
     if wanted is None:
         fault = f"found no {meaning}"
-    elif len(wanted) != len(usual[0]):
+    elif spec.columns is not None and len(wanted) != len(usual[0]):
         fault = f"`columns` names {len(wanted)}; expected {len(usual[0])}: {meaning}"
     elif missing := [name for name in wanted if name not in present]:
         fault = f"has no column {', '.join(missing)}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from sparsify.checkpoint.reader import TASKS
 from sparsify.data import (
@@ -100,8 +101,8 @@ def load_samples(
     if task in ("causal-lm", "masked-lm"):
         check_length(spec, model)
     if spec.stream:
-        dataset: Any = Streamed(stream_samples(spec, kind, processor, label2id))
-        return Samples(dataset, *_collate(kind, spec, processor, model, seed, None))
+        collate, loss = _collate(kind, spec, processor, model, seed, None)
+        return Samples(Streamed(stream_samples(spec, kind, processor, label2id), collate), collate, loss)
     readers: dict[str, Callable[[], Any]] = {
         "causal-lm": lambda: causal_blocks(spec, processor),
         "masked-lm": lambda: masked_blocks(spec, processor),
@@ -110,7 +111,7 @@ def load_samples(
         "sentence-embedding": lambda: sentence_pairs(spec),
         "sentences": lambda: sentences(spec),
     }
-    dataset = readers[kind]()
+    dataset: Any = readers[kind]()
     return Samples(dataset, *_collate(kind, spec, processor, model, seed, dataset))
 
 
@@ -209,17 +210,31 @@ def need_processor(processor: Any, part: str, name: str, task: str) -> Any:
 
 
 class Streamed(IterableDataset):
-    """Rows that are read while they are used, in the same order each time.
+    """Rows that are read while they are used, in the same order each time, again and again without an end.
+
+    To the Trainer that is one long epoch, so that a resumed training finds its place in any pass over the data.
 
     Args:
         rows: Begins to read.
+        collate: What makes batches of them; one that hides tokens hides others in each pass.
     """
 
-    def __init__(self, rows: Callable[[], Iterator[dict[str, Any]]]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Callable[[], Iterator[dict[str, Any]]], collate: Any) -> None:
+        self._rows, self._collate = rows, collate
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._rows()
+        worker = get_worker_info()
+        for number in count():
+            if isinstance(self._collate, TokenHider):
+                self._collate.epoch = number
+            found = False
+            for row in islice(
+                self._rows(), worker.id if worker else 0, None, worker.num_workers if worker else 1
+            ):
+                found = True
+                yield row
+            if not found:
+                raise DataError("the streamed data have no rows left to train on: give more of them")
 
 
 def check_length(spec: Source, model: nn.Module) -> None:

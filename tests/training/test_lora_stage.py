@@ -13,11 +13,11 @@ from sparsify import pipeline
 from sparsify.errors import ConfigError
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.swap import masks_of
-from sparsify.progress import Progress
 from sparsify.recipe import Recipe
 from sparsify.recipe_training import Lora
 from tests.cli import checkpoints
 from tests.cli.checkpoints import digests
+from tests.training.stops import Stop
 
 lora = pytest.importorskip("sparsify.training.lora")
 PRUNE = {"stage": "prune", "block": "32x32", "sparsity": 0.5}
@@ -104,33 +104,12 @@ def test_a_later_stage_trains_all_weights_again(make, tmp_path):
     assert not torch.equal(states[0][embedding], states[1][embedding])
 
 
-class Stop(Progress):
-    """Presses Ctrl-C at a step of the training."""
-
-    def task(self, label, total=None):
-        from contextlib import contextmanager
-
-        @contextmanager
-        def task():
-            done = 0.0
-
-            def advance(count: float = 1, *, total: float | None = None, text: str = "") -> None:
-                nonlocal done
-                done += count
-                if label == "training" and done >= 7:
-                    raise KeyboardInterrupt
-
-            yield advance
-
-        return task()
-
-
 def test_an_interrupted_stage_goes_on_with_its_adapter(make, tmp_path):
     stages = [PRUNE, {**TRAIN, "save_steps": 3}]
     pipeline.run(make(*stages, out="expected"))
     recipe = make(*stages)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(recipe, progress=Stop())
+        pipeline.run(recipe, progress=Stop(7))
     saved = tmp_path / "out.work" / "1-trainer" / "checkpoint-6"
     assert (saved / "adapter_model.safetensors").is_file() and not (saved / "model.safetensors").exists()
     pipeline.run(recipe, resume=True)
