@@ -247,6 +247,13 @@ def pairs(folder: Path) -> Path:
     return file
 
 
+def sentences(folder: Path) -> Path:
+    """A text file with a sentence a line."""
+    file = folder / "sentences.txt"
+    file.write_text("".join(f"sentence {index} {'abc' * (index % 4)}\n" for index in range(48)))
+    return file
+
+
 def digests(folder: Path, *names: str) -> dict[str, str]:
     """SHA-256 of files by name; of the weights, the config and the tokenizer if no names are given."""
     wanted = names or ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json")

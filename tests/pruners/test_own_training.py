@@ -174,7 +174,7 @@ def test_what_to_prune_comes_from_a_recipe_or_from_keywords(source: Callable, tm
     )
     assert callback.search.sparsity == 0.5 and str(callback.search.block) == "16x8"
     assert (callback.search.start, callback.search.until) == (0.1, 0.6)
-    assert SparsifyCallback("magnitude_heal", until=0.5).search.until == 0.5
+    assert SparsifyCallback("llm_gradual_distill", until=0.5).search.until == 0.5
 
 
 def _written(recipe: Recipe, file: Path) -> Path:
