@@ -7,43 +7,22 @@ hours, which NCCL takes for a fault.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed, nn
 
-from sparsify.errors import ConfigError, SparsifyError
+from sparsify.errors import ConfigError
+from sparsify.launch import OtherProcessError, count, is_first, is_sharding, several
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 _meeting: Any = None
-
-
-class OtherProcessError(SparsifyError):
-    """The first process has failed, and says why itself."""
-
-
-def count() -> int:
-    """How many processes share this run; 1 where none were launched."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def several() -> bool:
-    """Whether this run is shared by several processes."""
-    return count() > 1
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def is_sharding() -> bool:
-    """Whether weights will be sharded in training (FSDP)."""
-    return several() and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def join(device: str) -> str:
@@ -63,8 +42,8 @@ def join(device: str) -> str:
         return device
     if is_sharding() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
-            "FSDP 1 is not supported: set fsdp_version: 2 in the launch's configuration, as fsdp2.yaml in "
-            "recipes/accelerate does"
+            "FSDP 1 is not supported: set fsdp_version: 2 in the launch's configuration (sparsify recipe show "
+            "accelerate/fsdp2)"
         )
     from accelerate import PartialState
 
@@ -82,7 +61,14 @@ def join(device: str) -> str:
     PartialState(cpu=cpu)
     if _meeting is None:
         _meeting = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        atexit.register(_leave)
     return "cpu" if cpu else f"cuda:{local}"
+
+
+def _leave() -> None:
+    """Parts from the other processes; torch complains about a process that ends without that."""
+    with suppress(Exception):
+        distributed.destroy_process_group()
 
 
 def from_first(value: T) -> T:
@@ -122,6 +108,15 @@ def first_alone(work: Callable[[], T]) -> T | None:
         raise
     from_first(True)
     return done
+
+
+def decided(work: Callable[[], T]) -> T:
+    """What the first process comes to, on all of them.
+
+    Raises:
+        OtherProcessError: On the others, if it failed there.
+    """
+    return from_first(first_alone(work))  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()

@@ -99,6 +99,11 @@ def packaged() -> list[str]:
     return sorted(path.stem for path in PACKAGED.glob("*.yaml"))
 
 
+def launch_configurations() -> dict[str, Path]:
+    """Configurations for `accelerate launch` that come with the package, by the name that `recipe show` takes."""
+    return {f"accelerate/{path.stem}": path for path in sorted((PACKAGED / "accelerate").glob("*.yaml"))}
+
+
 def locate(source: str | Path) -> RecipeText:
     """Reads a recipe by path, or by the name of a packaged one.
 

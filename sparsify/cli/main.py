@@ -26,7 +26,8 @@ from sparsify.cli.recipe import app as recipe_app
 from sparsify.cli.run import run
 from sparsify.cli.sensitivity import sensitivity
 from sparsify.cli.tune import tune
-from sparsify.errors import SparsifyError
+from sparsify.errors import DeviceMemoryError, SparsifyError
+from sparsify.launch import OtherProcessError, is_first, several
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -37,7 +38,11 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except OtherProcessError as error:
+            raise typer.Exit from error
         except SparsifyError as error:
+            if not is_first() and not isinstance(error, DeviceMemoryError):
+                raise typer.Exit(USER_ERROR) from error  # the first process says the same
             console.err().print(f"[bold red]error:[/bold red] {escape(str(error))}")
             raise typer.Exit(USER_ERROR) from error
         except RuntimeError as error:
@@ -47,7 +52,8 @@ class _Verbs(TyperGroup):
             console.err().print(f"[bold red]error:[/bold red] the GPU is out of memory: {advice}")
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
-            console.err().print(escape(str(error) or "interrupted"))
+            if is_first():
+                console.err().print(escape(str(error) or "interrupted"))
             raise typer.Exit(getattr(error, "exit_code", INTERRUPTED)) from error
 
 
@@ -112,6 +118,9 @@ app.add_typer(recipe_app, name="recipe")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
+    if several():
+        # DistributedDataParallel would warn each process that no parameter goes unused, which others' models may have.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # A pruner's own file is often in the current folder, which an installed command does not search by itself.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())

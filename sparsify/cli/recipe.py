@@ -30,10 +30,11 @@ def list_recipes(json: options.Json = False) -> None:
 
 @app.command("show", epilog="Example: sparsify recipe show magnitude_oneshot > my_recipe.yaml")
 def show(recipe: Source) -> None:
-    """Print a recipe's text, comments and all."""
-    from sparsify.recipe_file import locate
+    """Print a recipe's text, comments and all; also `accelerate/ddp` and `accelerate/fsdp2`, for several GPUs."""
+    from sparsify.recipe_file import launch_configurations, locate
 
-    print(locate(recipe).text, end="")
+    launch = launch_configurations().get(recipe)
+    print(locate(recipe).text if launch is None else launch.read_text(encoding="utf-8"), end="")
 
 
 @app.command("validate", epilog="Example: sparsify recipe validate my_recipe.yaml --set prune.sparsity=0.6")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sparsify.cli import console
+from sparsify.launch import is_first
 
 if TYPE_CHECKING:
+    from sparsify.estimate import Estimate
     from sparsify.pipeline import RunResult
     from sparsify.plan import Plan
     from sparsify.recipe import Recipe
@@ -18,24 +22,30 @@ def run_recipe(recipe: Recipe, *, force: bool, resume: bool, dry_run: bool, as_j
     """Runs a recipe, or prints its plan, and prints what came of it."""
     console.quiet_transformers()
     if dry_run:
+        from sparsify.estimate import estimate
         from sparsify.plan import make_plan
 
+        if not is_first():
+            return
         plan = make_plan(recipe, force=force)
+        costs = estimate(recipe, plan)
         if as_json:
-            console.print_json(plan.to_dict())
+            console.print_json(plan.to_dict() | {"estimates": [asdict(cost) for cost in costs]})
         else:
-            _print_plan(plan)
+            _print_plan(plan, costs)
         return
     from sparsify import pipeline
 
     result = pipeline.run(recipe, force=force, resume=resume, progress=console.RichProgress())
+    if not is_first():
+        return
     if as_json:
         console.print_json({"out": result.out, "report": result.report})
     else:
         _print_result(result)
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, costs: Sequence[Estimate]) -> None:
     console.say(f"{plan.model}: {plan.architecture}, task {plan.task or 'none'}")
     for number, line in enumerate(plan.stages, 1):
         console.say(f"  {number}. {line}")
@@ -58,6 +68,12 @@ def _print_plan(plan: Plan) -> None:
     console.say(
         f"dense weights {console.size(plan.bytes_dense)}; to be written about {console.size(plan.bytes_out)}"
     )
+    known = [cost.seconds for cost in costs if cost.seconds is not None]
+    largest = max(costs, key=lambda cost: cost.memory)
+    disk = plan.bytes_out + plan.bytes_work
+    more = "" if len(known) == len(costs) else " and what depends on the length of the data"
+    needs = f"memory {console.size(largest.memory)} at the peak ({largest.stage}), disk {console.size(disk)}"
+    console.say(f"estimated: {needs}, time {_duration(sum(known))}{more}")
     if plan.bytes_work:
         console.say(f"the work folder needs up to {console.size(plan.bytes_work)} while the run goes on")
     console.say(f"would be written to {plan.out}" if plan.out else "nothing would be written")
@@ -83,6 +99,13 @@ def _print_result(result: RunResult) -> None:
         if result.out:
             console.say(f"report with pictures: {console.absolute(result.out / REPORT_PAGE)}")
     console.say(f"written to {console.absolute(result.out)}" if result.out else "nothing was written")
+
+
+def _duration(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _print_kept_dense(rows: list[list[str]]) -> None:

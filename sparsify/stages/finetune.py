@@ -101,7 +101,7 @@ def _search(stage: FinetuneStage, state: State, samples: Samples) -> None:
 
 def _heal(stage: FinetuneStage, state: State, samples: Samples, length: int) -> None:
     """Trains kept blocks alone: packed, or in dense weights under the mask."""
-    form = processes.from_first(_form(stage, state, stage.batch * length) if processes.is_first() else "")
+    form = processes.decided(lambda: _form(stage, state, stage.batch * length))
     if form == "packed":
         choose(state, _dense_where_slower(state))
         pack(state)
@@ -148,8 +148,8 @@ def _form(stage: FinetuneStage, state: State, tokens: int) -> str:
         sparse_modules(state.model) or stage.heal == "packed" or stage.lora is not None
     ):
         raise ConfigError(
-            "packed blocks cannot be sharded: heal masked (heal: masked), or launch this stage with DDP, as ddp.yaml in "
-            "recipes/accelerate does"
+            "packed blocks cannot be sharded: heal masked (heal: masked), or launch with DDP (sparsify recipe "
+            "show accelerate/ddp)"
         )
     if sparse_modules(state.model):  # of a block-sparse source, perhaps with more masks since
         return "packed"

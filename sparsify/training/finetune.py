@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sparsify import processes
 from sparsify.checkpoint.conversions import own_names
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.progress import Advance, Progress
@@ -23,6 +24,7 @@ from sparsify.training.masked_tokens import TokenHider
 from sparsify.training.pruning_callback import PruningCallback
 from sparsify.training.samples import UNITS, Samples
 from sparsify.training.saving import written_whole
+from sparsify.training.sharding import is_sharded
 
 # Without `save_steps` and `logging_steps`: shares of the run between two checkpoints, and between two losses.
 SAVE_EVERY, LOG_EVERY = 0.1, 0.02
@@ -91,7 +93,7 @@ def train(
 
 
 def _arguments(stage: FinetuneStage, folder: Path, seed: int, device: torch.device) -> TrainingArguments:
-    if device.type == "cuda" and device.index not in (None, 0):
+    if device.type == "cuda" and device.index not in (None, 0) and not processes.several():
         raise ConfigError(
             f"training uses the first visible GPU, got {device}: choose it with CUDA_VISIBLE_DEVICES"
         )
@@ -233,4 +235,5 @@ def _float32_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for name, parameter in model.named_parameters():
             parameter.grad = None
-            parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+            if not is_sharded(parameter):  # else whoever puts the shards together does it
+                parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))

@@ -7,6 +7,7 @@ single process would come to with the same weights.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -114,3 +115,42 @@ def _scatter(whole: Tensor, parameter: nn.Parameter) -> None:
 
     mesh, placements = parameter.device_mesh, parameter.placements  # pyright: ignore[reportAttributeAccessIssue]
     parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+
+
+def spare(model: nn.Module) -> nn.Module:
+    """The same model without its weights, to `fill` once the model itself has been trained in shards.
+
+    Sharding changes a model for good; there is no way back but into a new one. Buffers are copied.
+    """
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
+@torch.no_grad()
+def fill(whole: nn.Module, sharded: nn.Module, device: torch.device) -> None:
+    """Gives `whole` the weights of `sharded`, in its own dtypes; every process must call it.
+
+    Args:
+        whole: What `spare` made of the model before it was sharded.
+        sharded: The model, not masked any more.
+        device: Where the weights go.
+    """
+    filled: dict[int, nn.Parameter] = {}
+    for name, parameter in whole.named_parameters():
+        source = sharded.get_parameter(name).detach()
+        full = source.full_tensor() if is_sharded(source) else source  # pyright: ignore[reportAttributeAccessIssue]
+        filled[id(parameter)] = nn.Parameter(
+            full.to(device, parameter.dtype, copy=True), parameter.requires_grad
+        )
+    buffers = dict(sharded.named_buffers())
+    for prefix, module in whole.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = filled[id(parameter)]
+        for name, buffer in module._buffers.items():
+            source = buffers.get(f"{prefix}.{name}" if prefix else name)
+            if buffer is not None and source is not None:
+                module._buffers[name] = source.detach().to(device, buffer.dtype, copy=True)
