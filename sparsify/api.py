@@ -277,8 +277,7 @@ def load(
         path: A folder, or a name on the Hub.
         device: Where to put the model; `"auto"` spreads it over devices. Default: the CPU.
         dtype: Dtype of the weights. Default: the checkpoint's.
-        task: `causal-lm`, `masked-lm`, `sequence-classification` or `sentence-embedding`; by default the class that
-            the checkpoint was saved from.
+        task: A recipe's task, such as `causal-lm`; by default the class that the checkpoint was saved from.
 
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, unsafe, or does not fit the task.
@@ -388,7 +387,7 @@ def evaluate(
         path: A checkpoint, block-sparse or dense.
         data: Held-out data, such as `sparsify.data.DataSpec(path="held_out.txt")`; without it quality is left out.
         against: A second checkpoint; the latencies of both are measured in turns.
-        task: `auto`, `causal-lm`, `masked-lm`, `sequence-classification` or `sentence-embedding`.
+        task: `auto`, or a recipe's task such as `causal-lm`.
         device: `auto` (a GPU if there is one) or any torch device.
         dtype: `auto` (each checkpoint's own) or a torch dtype's name.
         latency_tokens: Token counts of each sequence in a forward pass.

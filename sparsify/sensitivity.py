@@ -34,7 +34,7 @@ from sparsify.pruner import PrunableLayer, Pruner, create_pruner
 from sparsify.recipe import CalibrateStage, PruneStage, Recipe
 from sparsify.sensitivity_file import Measured
 from sparsify.targets import select
-from sparsify.training.samples import Batch, load_samples
+from sparsify.training.samples import Batch, in_dtype, load_samples
 
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 EMBEDDING_LOSS, TASK_LOSS = "1 - cosine with the dense embeddings", "nats"
@@ -245,7 +245,9 @@ class Sensitivity:
         total, size = len(samples.dataset), self.calibrate.batch
         count = min(self.calibrate.samples, total)
         rows = [samples.dataset[index * total // count] for index in range(count)]
-        made = [samples.collate(rows[start : start + size]) for start in range(0, count, size)]
+        made = [
+            in_dtype(samples.collate(rows[start : start + size]), model) for start in range(0, count, size)
+        ]
         return [{key: value.to(self.device) for key, value in batch.items()} for batch in made]
 
     def _settings(self) -> dict[str, Any]:
@@ -295,7 +297,7 @@ class _Loss:
     def __call__(self, advance: Advance | Callable[[], object] = lambda: None) -> float:
         total, count = 0.0, 0
         for index, batch in enumerate(self._batches):
-            size = len(batch["input_ids"])
+            size = len(batch["labels"] if "labels" in batch else batch["input_ids"])
             if self._dense:
                 loss = 1.0 - F.cosine_similarity(_embeddings(self._model, batch), self._dense[index]).mean()
             else:

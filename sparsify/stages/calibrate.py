@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.calibration import collect_statistics, needs_calibration
 from sparsify.preparation import make_pruner
@@ -12,7 +12,10 @@ from sparsify.recipe import CalibrateStage, FinetuneStage, PruneStage, Pruning, 
 from sparsify.stages.prune import order_units
 from sparsify.stages.state import State
 from sparsify.targets import select
-from sparsify.training.samples import Samples, load_samples
+from sparsify.training.samples import Samples, in_dtype, load_samples
+
+# Without `samples`: enough to tell the inputs of wide layers apart and to reconstruct blocks; as 128 samples of 512.
+ENOUGH, SAMPLES = 65_536, 128
 
 
 def run(stage: CalibrateStage, state: State) -> None:
@@ -29,12 +32,9 @@ def run(stage: CalibrateStage, state: State) -> None:
         samples = load_samples(
             spec, state.processor, state.model, state.task, state.recipe.seed, labelled=False
         )
-    count = min(stage.samples, len(samples.dataset))
-    if count < stage.samples:
-        state.note(f"calibrate: the data hold {count} samples, fewer than the {stage.samples} asked for")
-    rows = [range(start, min(start + stage.batch, count)) for start in range(0, count, stage.batch)]
+        batches = _batches(stage, samples, state)
     if isinstance(settings, PruneStage):  # it walks through the model itself, one transformer block at a time
-        state.calibration = [batch_of(samples, part) for part in rows]
+        state.calibration = batches
         if "hessian" in pruner.requires:
             _compare_with_widths(settings, state)
         return
@@ -42,25 +42,49 @@ def run(stage: CalibrateStage, state: State) -> None:
     order_units(
         settings, state, layers, index
     )  # now: statistics are of inputs in the order that will be pruned
-    with state.progress.task("calibrating", count) as advance:
+    with state.progress.task("calibrating", len(batches)) as advance:
 
-        def batches() -> Iterator[dict[str, Tensor]]:
-            for part in rows:
-                yield batch_of(samples, part)
-                advance(len(part))
+        def shown() -> Iterator[dict[str, Tensor]]:
+            for batch in batches:
+                yield batch
+                advance()
 
-        collect_statistics(state.model, layers, pruner, batches(), state.device)
+        collect_statistics(state.model, layers, pruner, shown(), state.device)
     state.statistics = {layer.name: layer.statistics for layer in layers}
+
+
+def _batches(stage: CalibrateStage, samples: Samples, state: State) -> list[dict[str, Tensor]]:
+    """Inputs of as many samples as the stage asks for, or as hold enough tokens."""
+    present = len(samples.dataset)
+    most = min(stage.samples or present, present)
+    batches: list[dict[str, Tensor]] = []
+    tokens = 0
+    for start in range(0, most, stage.batch):
+        rows = range(start, min(start + stage.batch, most))
+        batches.append(batch_of(samples, rows, state.model))
+        counted = _tokens(batches[-1])
+        tokens += ENOUGH // SAMPLES * len(rows) if counted is None else counted
+        if stage.samples is None and tokens >= ENOUGH:
+            break
+    if most < (stage.samples or 0):
+        state.note(f"calibrate: the data hold {most} samples, fewer than the {stage.samples} asked for")
+    return batches
+
+
+def _tokens(batch: dict[str, Tensor]) -> int | None:
+    """How many tokens a batch holds, padding left out; `None` if it has no tokens."""
+    if "input_ids" not in batch:
+        return None
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _compare_with_widths(settings: Pruning, state: State) -> None:
     """Says so where there are fewer tokens than a layer has inputs, and second moments of these are singular."""
-    tokens = 0
-    for batch in state.calibration or ():
-        counted = batch.get("attention_mask", batch.get("input_ids"))
-        if counted is None:
-            return
-        tokens += int(counted.sum()) if "attention_mask" in batch else counted.numel()
+    counts = [_tokens(batch) for batch in state.calibration or ()]
+    if None in counts:
+        return
+    tokens = sum(count or 0 for count in counts)
     layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
     widest = max(layers, key=lambda layer: layer.shape[1])
     if tokens < widest.shape[1]:
@@ -80,7 +104,7 @@ def next_pruning(recipe: Recipe, index: int) -> tuple[int, Pruning]:
     raise AssertionError("a calibrate stage without a pruning after it passed validation")
 
 
-def batch_of(samples: Samples, rows: range) -> dict[str, Tensor]:
+def batch_of(samples: Samples, rows: range, model: nn.Module) -> dict[str, Tensor]:
     """Inputs of a forward pass, without labels."""
-    batch = samples.collate([samples.dataset[row] for row in rows])
+    batch = in_dtype(samples.collate([samples.dataset[row] for row in rows]), model)
     return {key: value for key, value in batch.items() if key != "labels"}

@@ -138,6 +138,15 @@ def _collate(
     return _PairCollator(processor, spec.length, top), similarity_loss
 
 
+def in_dtype(batch: Batch, model: nn.Module) -> Batch:
+    """The batch with pixels and sound in the dtype of the model's first layer; labels stay as they are."""
+    dtype = next(model.parameters()).dtype
+    return {
+        key: value.to(dtype) if key != "labels" and value.is_floating_point() else value
+        for key, value in batch.items()
+    }
+
+
 def target_collator(processor: Any, model: nn.Module) -> Callable[[list[Any]], Any]:
     """Makes batches of texts and their targets, for training and for evaluation."""
     from transformers import DataCollatorForSeq2Seq
