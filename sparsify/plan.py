@@ -242,7 +242,7 @@ def skeleton(recipe: Recipe) -> nn.Module:
 def describe(stage: Any) -> str:
     """A stage in one line."""
     if isinstance(stage, CalibrateStage):
-        return f"calibrate: {stage.samples} samples"
+        return f"calibrate: {f'{stage.samples} samples' if stage.samples else 'samples of 65,536 tokens'}"
     if isinstance(stage, PruneStage):
         return f"prune: {_pruning(stage)}"
     if isinstance(stage, FinetuneStage):

@@ -209,10 +209,15 @@ class Search(Pruning):
 
 
 class CalibrateStage(Strict):
-    """Collects the statistics that the next pruner asks for, over `samples` samples in batches of `batch`."""
+    """Collects the statistics that the next pruner asks for.
+
+    Attributes:
+        samples: How many; when left out as many as hold 65,536 tokens, or 128 of what has no tokens.
+        batch: Samples in one forward pass.
+    """
 
     stage: Literal["calibrate"]
-    samples: int = Field(default=128, ge=1)
+    samples: int | None = Field(default=None, ge=1)
     batch: int = Field(default=8, ge=1)
 
 
@@ -423,7 +428,7 @@ class Recipe(Strict):
         data: str | None,
         length: int = 512,
         dense_where_slower: str = "auto",
-        samples: int = 128,
+        samples: int | None = None,
         **values: Any,
     ) -> Recipe:
         """The recipe of `sparsify prune`: prune once, pack, report.
@@ -434,7 +439,7 @@ class Recipe(Strict):
             data: File, folder or `datasets` name to calibrate with, if the pruner needs that.
             length: Tokens in one sample of that data.
             dense_where_slower: Of the convert stage.
-            samples: How many of them.
+            samples: Of the calibrate stage.
             **values: Top-level keys of the recipe.
 
         Raises:

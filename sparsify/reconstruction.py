@@ -12,7 +12,8 @@ Nothing but the block is in memory: no labels, no other blocks, no gradient from
 they are trained, and each tensor's step is a share of its own root mean square, so that no learning rate needs to be
 tuned for a model (as in Adafactor, Shazeer & Stern 2018).
 
-A part of the calibration data is held back: if the error on it does not fall, the block stays as it was.
+A part of the calibration data is held back, and the weights with the lowest error on it are kept: with few data
+those of an early step, and where training never helps the block stays as it was.
 
 Sources: Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (2021); for
 pruned language models Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs" (2024).
@@ -35,6 +36,7 @@ RATE = 0.03  # largest step, as a share of a tensor's root mean square
 WARMUP = 20  # steps
 HELD_BACK = 8  # one batch in so many is not trained on
 LEAST_RMS = 1e-3  # of a tensor that starts at zero, such as a bias
+CHECKS = 12  # how often the error on them is looked at
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,17 @@ class Reconstructed:
     Attributes:
         block: The block's name.
         before: With the masks set.
-        after: With its weights trained; equal to `before` if that did not help.
+        after: With the best weights that training found; equal to `before` if it did not help.
     """
 
     block: str
     before: float
     after: float
+
+    def __str__(self) -> str:
+        if self.after < self.before:
+            return f"{self.block}: output error {self.before:.2%} -> {self.after:.2%}"
+        return f"{self.block}: output error {self.before:.2%} as before; more calibration data may help"
 
 
 def reconstruct(block: Block, masks: Mapping[str, BlockMask], steps: int, seed: int = 0) -> Reconstructed:
@@ -99,23 +106,26 @@ def reconstruct(block: Block, masks: Mapping[str, BlockMask], steps: int, seed: 
     optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    with torch.enable_grad():
-        for step in range(steps):
-            order = order or torch.randperm(len(trained), generator=generator).tolist()
-            share = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * share
-            optimizer.zero_grad()
+    best, found = before, {}
+    for step in range(1, steps + 1):
+        order = order or torch.randperm(len(trained), generator=generator).tolist()
+        share = min(1.0, step / WARMUP) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * share
+        optimizer.zero_grad()
+        with torch.enable_grad():
             loss(trained[order.pop()]).backward()
-            optimizer.step()
-            prune()
-    after = error()
-    if not after < before:  # NaN, too
-        return Reconstructed(block.name, before, before)
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
-    return Reconstructed(block.name, before, after)
+        optimizer.step()
+        prune()
+        if step % max(1, steps // CHECKS) == 0 or step == steps:
+            now = error()
+            if not math.isfinite(now):
+                break
+            if now < best:
+                best, found = now, {name: weight.detach().clone() for name, weight in weights.items()}
+    for name, weight in found.items():
+        own[name].detach().copy_(weight)
+    return Reconstructed(block.name, before, best)
 
 
 def _rms(weight: Tensor) -> float:

@@ -157,7 +157,7 @@ def _update(
                 _adjust(block, pruner, masks)
                 if steps and block.dense_calls:
                     found = reconstruct_block(block, masks, steps)
-                    progress.note(f"{found.block}: output error {found.before:.2%} -> {found.after:.2%}")
+                    progress.note(str(found))
                 if cache is not None:
                     cache.write(
                         entry, {name: p.detach().cpu().contiguous() for name, p in parameters.items()}

@@ -66,7 +66,10 @@ def prune(
         str | None, typer.Option("--data", help="Calibration data, for pruners that look at layer inputs.")
     ] = None,
     length: Annotated[int, typer.Option("--length", help="Tokens in one sample of --data.")] = 512,
-    samples: Annotated[int, typer.Option("--samples", help="Samples of --data to use.")] = 128,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", help="Samples of --data to use; default: as many as hold 65,536 tokens."),
+    ] = None,
     reconstruct: Annotated[
         int | None,
         typer.Option(

@@ -69,7 +69,8 @@ def test_data_without_a_single_sample(dense, tmp_path, method, text, message):
 @pytest.mark.parametrize("method", METHODS)
 def test_data_that_is_shorter_than_asked_is_used_and_said(dense, tmp_path, method):
     (tmp_path / "text.txt").write_text(checkpoints.TEXT)
-    result = prune(dense, tmp_path, "--method", method, "--data", tmp_path / "text.txt", "--length", "32")
+    given = ("--method", method, "--data", tmp_path / "text.txt", "--length", "32", "--samples", "128")
+    result = prune(dense, tmp_path, *given)
     assert result.exit_code == 0, result.output
     said = " ".join(result.stderr.split())
     assert "calibrate: the data hold 2 samples, fewer than the 128 asked for" in said
