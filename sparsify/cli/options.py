@@ -22,8 +22,11 @@ Device = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, float16 or bfloat16.")]
 Task = Annotated[
     str,
-    typer.Option("--task", help="auto, causal-lm, masked-lm, sequence-classification, sentence-embedding, seq2seq, "
-        "image-classification or speech-classification."),
+    typer.Option(
+        "--task",
+        help="auto, causal-lm, masked-lm, sequence-classification, sentence-embedding, seq2seq, "
+        "image-classification or speech-classification.",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that the checkpoint brings with it.")

@@ -22,7 +22,7 @@ from sparsify.progress import Advance, Progress
 from sparsify.recipe import FinetuneStage
 from sparsify.training.masked_tokens import TokenHider
 from sparsify.training.pruning_callback import PruningCallback
-from sparsify.training.samples import UNITS, Samples
+from sparsify.training.samples import UNITS, Samples, in_dtype
 from sparsify.training.saving import written_whole
 from sparsify.training.sharding import is_sharded
 
@@ -155,6 +155,7 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self._done += self._samples.size(inputs)
+        inputs = in_dtype(inputs, model)  # weights that are not trained are not held in float32
         if self._loss is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         return self._loss(model, inputs)

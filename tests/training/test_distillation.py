@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sparsify import pipeline
-from sparsify.errors import ConfigError
+from sparsify.checkpoint import writer
+from sparsify.errors import ConfigError, OutputError
 from sparsify.progress import Progress
 from sparsify.recipe import Recipe
 from sparsify.recipe_training import Distill
+from sparsify.training import teacher_cache
 from sparsify.training.distillation import Distiller, Weights, divergence, embedding_distance, square_head
 from sparsify.training.samples import pair_loss
 from sparsify.training.teacher import LiveTeacher, load_teacher
@@ -334,3 +337,12 @@ def test_outputs_cannot_be_stored_for_words_hidden_anew(tmp_path, run):
 def test_a_teacher_with_nothing_to_teach_is_refused(tmp_path, run):
     with pytest.raises(ConfigError, match="logits, hidden and embedding are all 0"):
         run(tmp_path, {"path": "x.txt"}, logits=0, hidden=0, embedding=0)
+
+
+def test_outputs_that_do_not_fit_on_the_disk_are_told_with_their_size(tmp_path, run, monkeypatch):
+    dense = checkpoints.llama(tmp_path / "dense")
+    spec = {"path": str(checkpoints.text(tmp_path)), "length": 32}
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(writer, "check_output", lambda *arguments: None)
+    with pytest.raises(OutputError, match=r"the teacher's outputs need 0.0 GB in .*teacher_memory: offload"):
+        run(dense, spec, teacher_memory="cache")

@@ -139,3 +139,17 @@ def test_an_interrupted_stage_goes_on_with_its_adapter(make, tmp_path):
 def test_what_cannot_be_is_told(make, stages, message):
     with pytest.raises(ConfigError, match=message):
         pipeline.run(make(*stages))
+
+
+def test_sound_meets_weights_of_lower_precision(tmp_path):
+    spec = {"path": str(checkpoints.sounds(tmp_path))}
+    recipe = {
+        "version": 1,
+        "model": str(checkpoints.wav2vec2(tmp_path / "dense")),
+        "out": str(tmp_path / "out"),
+        "dtype": "bfloat16",
+        "data": {"train": spec},
+        "stages": [PRUNE, {**TRAIN, "distill": {}, "steps": 2}, {"stage": "report"}],
+    }
+    report = pipeline.run(Recipe.from_dict(recipe)).report
+    assert report is not None and report["history"][0]["points"]
