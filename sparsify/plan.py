@@ -248,6 +248,10 @@ def describe(stage: Any) -> str:
     if isinstance(stage, FinetuneStage):
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
         how = f"searching with {_pruning(stage.pruner)}" if stage.pruner else f"healing ({stage.heal})"
+        if stage.lora is not None:
+            how = f"low-rank updates of packed blocks, rank {stage.lora.rank}"
+        if stage.distill is not None:
+            how += f", learning from {stage.distill.teacher or 'the dense model'}"
         return f"finetune: {length} of {stage.batch * stage.accumulate} samples, {how}"
     if isinstance(stage, ConvertStage):
         return f"convert: {stage.format}"

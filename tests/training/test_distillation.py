@@ -13,7 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sparsify import pipeline
 from sparsify.checkpoint import writer
-from sparsify.errors import ConfigError, OutputError
+from sparsify.errors import CheckpointError, ConfigError, OutputError
+from sparsify.plan import make_plan
 from sparsify.progress import Progress
 from sparsify.recipe import Recipe
 from sparsify.recipe_training import Distill
@@ -346,3 +347,28 @@ def test_outputs_that_do_not_fit_on_the_disk_are_told_with_their_size(tmp_path, 
     monkeypatch.setattr(writer, "check_output", lambda *arguments: None)
     with pytest.raises(OutputError, match=r"the teacher's outputs need 0.0 GB in .*teacher_memory: offload"):
         run(dense, spec, teacher_memory="cache")
+
+
+def test_a_plan_names_the_teacher(tmp_path):
+    stage = {"stage": "finetune", "steps": 5, "batch": 4}
+    train = {"path": str(checkpoints.text(tmp_path))}
+    recipe = Recipe.from_dict(
+        {
+            "version": 1,
+            "model": str(checkpoints.llama(tmp_path / "dense")),
+            "out": str(tmp_path / "out"),
+            "data": {"train": train},
+            "stages": [
+                {"stage": "prune", "block": "32x32"},
+                {**stage, "distill": {}},
+                {**stage, "lora": {"rank": 4}, "distill": {"teacher": str(tmp_path / "dense")}},
+            ],
+        }
+    )
+    lines = make_plan(recipe).stages
+    assert lines[1].endswith("healing (auto), learning from the dense model")
+    assert lines[2].endswith(f"low-rank updates of packed blocks, rank 4, learning from {tmp_path / 'dense'}")
+    missing = recipe.model_copy(deep=True).model_dump(mode="json", exclude_none=True)
+    missing["stages"][1]["distill"]["teacher"] = str(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="gone"):
+        make_plan(Recipe.from_dict(missing))
