@@ -13,7 +13,9 @@ class OtherProcessError(SparsifyError):
 
 def count() -> int:
     """How many processes share this run; 1 where none were launched."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    # Batch systems set WORLD_SIZE by itself, for jobs of one process too.
+    launched = {"RANK", "LOCAL_RANK"} <= os.environ.keys()
+    return int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
 
 
 def several() -> bool:
@@ -23,7 +25,7 @@ def several() -> bool:
 
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not several() or os.environ["RANK"] == "0"
 
 
 def is_sharding() -> bool:

@@ -124,4 +124,5 @@ def share_model(model: nn.Module) -> None:
     """Gives all processes the weights and buffers of the first one's model, which is built alike."""
     if several():
         for tensor in model.state_dict(keep_vars=True).values():
-            distributed.broadcast(tensor.data, 0)
+            group = _meeting if tensor.device.type == "cpu" else None  # NCCL knows GPUs alone
+            distributed.broadcast(tensor.data, 0, group=group)

@@ -270,3 +270,16 @@ def test_random_weights_are_never_silent(dense):
     assert result.exit_code == 0
     assert "warning: " in result.stderr and "has no weights for 1 of the parameters" in result.stderr
     assert "LlamaForSequenceClassification (the first is score.weight): they are random" in result.stderr
+
+
+def test_sigterm_ends_the_command_with_one_line_and_its_own_code(dense, tmp_path, monkeypatch):
+    from sparsify import pipeline
+    from sparsify.interruptions import Terminated
+
+    def run(*args, **options):
+        raise Terminated("terminated: finished work is kept; run the same command with --resume to go on")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    result = invoke("run", "magnitude_oneshot", "--model", dense, "--out", tmp_path / "out")
+    assert result.exit_code == 143
+    assert result.stderr.strip().endswith("--resume to go on") and result.stderr.count("\n") == 1

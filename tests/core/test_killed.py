@@ -28,7 +28,15 @@ from tests.cli import checkpoints
 
 SEARCH = {"method": "magnitude", "block": "32x32", "sparsity": 0.6, "start": 0.1, "until": 0.7, "every": 2}
 STAGES = [
-    {"stage": "finetune", "steps": 14, "batch": 4, "learning_rate": 2e-3, "save_steps": 3, "pruner": SEARCH},
+    {
+        "stage": "finetune",
+        "steps": 14,
+        "batch": 4,
+        "learning_rate": 2e-3,
+        "save_steps": 3,
+        "pruner": SEARCH,
+        "trainer": {"logging_steps": 4},  # means over steps before and after a checkpoint
+    },
     {
         "stage": "finetune",
         "epochs": 1.5,

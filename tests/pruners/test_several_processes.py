@@ -20,15 +20,19 @@ from transformers import Trainer, TrainingArguments
 
 from sparsify.allocation import Budget
 from sparsify.blocks import BlockMask, BlockShape
+from sparsify.errors import ConfigError
+from sparsify.layers.swap import masks_of
 from sparsify.masking import load_masks, save_masks, unmask
 from sparsify.pruner import create_pruner
 from sparsify.targets import select
 from sparsify.training.pruning_callback import PruningCallback
 from sparsify.training.sharding import gathered
+from sparsify.training.sparsify_loop import SparsifyLoop
 
 RANKS, STEPS, BATCH = 2, 20, 8
 BLOCK = BlockShape(8, 8)
 PRUNERS: dict[str, dict[str, Any]] = {
+    "magnitude": {},
     "group_lasso": {},
     "movement": {"warmup": 0.0, "settle": 0.3},
     "prune_and_grow": {"every": 0.1, "ramp": 0.3},
@@ -168,6 +172,8 @@ def rank_main(mode: str, rank: int, folder: Path) -> None:
     assert all(torch.equal(mask.keep, expected_masks[name].keep) for name, mask in masks.items())
     for got, expected in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(got.full_tensor(), expected)
+    for kind in ("ddp", "fsdp2"):
+        check_own_loops(kind, mesh)
     distributed.destroy_process_group()
 
 
@@ -208,6 +214,44 @@ def run_ranks(mode: str, folder: Path) -> list[dict[str, dict[str, BlockMask]]]:
         {method: load_masks(folder / f"{method}-{rank}.safetensors") for method in PRUNERS}
         for rank in range(RANKS)
     ]
+
+
+def train_own_loop(kind: str | None, mesh: Any) -> tuple[nn.Module, SparsifyLoop]:
+    """A loop of one's own, in shards (`fsdp2`), under DDP (`ddp`), or alone; each step has two parts."""
+    model: Any = make_model()
+    plain = model
+    if kind == "fsdp2":
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    loop = SparsifyLoop(model, optimizer, steps=STEPS, block="8x8", sparsity=0.6, until=0.8, start=0.2)
+    for batch in tokens().split(BATCH):
+        for part in batch.split(BATCH // 2):
+            (model(input_ids=part, labels=part).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return plain, loop
+
+
+def check_own_loops(kind: str, mesh: Any) -> None:
+    """On the same data the mask of both ranks is that of one process, bit for bit, and no weight is beside it."""
+    (model, loop), (_, alone) = train_own_loop(kind, mesh), train_own_loop(None, None)
+    assert loop.masks is not None and alone.masks is not None
+    for layer in loop.layers:
+        mask = loop.masks[layer.name]
+        assert torch.equal(mask.keep, alone.masks[layer.name].keep), layer.name
+        seen = model.state_dict()[f"{layer.name}.weight"]
+        whole = seen.full_tensor() if hasattr(seen, "full_tensor") else seen
+        assert torch.equal(whole != 0, mask.elements()), layer.name
+    if kind == "fsdp2":
+        with pytest.raises(ConfigError, match="the weights are sharded: save the model"):
+            loop.finish()
+    else:
+        masks = loop.finish()
+        assert masks_of(model).keys() == masks.keys()
 
 
 @pytest.mark.slow
