@@ -177,7 +177,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str], known: Itera
     Args:
         data: A recipe as plain data.
         overrides: Settings; a key is a dotted path with list positions counted from 0 (`stages.0.sparsity`), or starts
-            with the name of a stage (`prune.sparsity`). The value is YAML; an empty one is null.
+            with the name of a stage (`prune.sparsity`), or of a section in one (`pruner.sparsity`), that occurs once. The
+            value is YAML; an empty one is null.
         known: The recipe's top-level keys.
 
     Raises:
@@ -197,27 +198,34 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str], known: Itera
 
 
 def _resolve(data: dict[str, Any], parts: list[str], setting: str, known: Iterable[str]) -> list[str]:
-    """Turns a leading stage name into `stages.<position>`."""
+    """Turns the leading name of a stage, or of a section in a stage, into its path."""
     if parts[0] in set(known) | set(data):
         return parts
-    stages = data.get("stages")
-    names = (
-        [stage.get("stage") for stage in stages if isinstance(stage, dict)]
-        if isinstance(stages, list)
-        else []
+    listed = data.get("stages")
+    stages = (
+        [stage if isinstance(stage, dict) else {} for stage in listed] if isinstance(listed, list) else []
     )
-    places = [index for index, name in enumerate(names) if name == parts[0]]
+    places = [["stages", str(index)] for index, stage in enumerate(stages) if stage.get("stage") == parts[0]]
+    kind = "stages"
     if not places:
-        options = {*known, *(name for name in names if isinstance(name, str))}
+        places = [
+            ["stages", str(index), parts[0]]
+            for index, stage in enumerate(stages)
+            if isinstance(stage.get(parts[0]), dict)
+        ]
+        kind = "sections"
+    if not places:
+        names = {stage["stage"] for stage in stages if isinstance(stage.get("stage"), str)}
+        sections = {key for stage in stages for key, value in stage.items() if isinstance(value, dict)}
         raise ConfigError(
-            f"--set {setting}: no key or stage is called {parts[0]!r}{nearest(parts[0], options)}"
+            f"--set {setting}: no key or stage is called {parts[0]!r}{nearest(parts[0], {*known, *names, *sections})}"
         )
     if len(places) > 1:
-        choices = " or ".join(f"stages.{index}" for index in places)
+        choices = " or ".join(".".join(place) for place in places)
         raise ConfigError(
-            f"--set {setting}: the recipe has {len(places)} {parts[0]} stages; write {choices} instead"
+            f"--set {setting}: the recipe has {len(places)} {parts[0]} {kind}; write {choices} instead"
         )
-    return ["stages", str(places[0]), *parts[1:]]
+    return [*places[0], *parts[1:]]
 
 
 def _assign(data: dict[str, Any], parts: list[str], value: Any, setting: str) -> None:

@@ -232,6 +232,22 @@ def test_refuses_a_file_that_is_no_recipe(tmp_path, text, message):
         Recipe.load(write(tmp_path, text))
 
 
+def test_override_by_the_name_of_a_section_of_a_stage():
+    train = {"stage": "finetune", "steps": 4, "distill": {"task": 0}}
+    stages = [{**train, "pruner": {"method": "magnitude"}}, train]
+    values = {**MINIMAL, "data": {"train": {"path": "text.txt"}}, "stages": stages}
+    recipe = Recipe.from_dict(values, overrides=["pruner.sparsity=0.75", "pruner.block=32x32"])
+    search = recipe.stages[0]
+    assert isinstance(search, FinetuneStage) and search.pruner is not None
+    assert (search.pruner.sparsity, str(search.pruner.block)) == (0.75, "32x32")
+    with pytest.raises(
+        ConfigError, match=r"2 distill sections; write stages\.0\.distill or stages\.1\.distill"
+    ):
+        Recipe.from_dict(values, overrides=["distill.hidden=0"])
+    with pytest.raises(ConfigError, match=r"called 'prunr'; did you mean 'pruner'"):
+        Recipe.from_dict(values, overrides=["prunr.sparsity=0.75"])
+
+
 def test_missing_file_and_unknown_name(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         Recipe.load(tmp_path / "absent.yaml")
