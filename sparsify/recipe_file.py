@@ -177,8 +177,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str], known: Itera
     Args:
         data: A recipe as plain data.
         overrides: Settings; a key is a dotted path with list positions counted from 0 (`stages.0.sparsity`), or starts
-            with the name of a stage (`prune.sparsity`), or of a section in one (`pruner.sparsity`), that occurs once. The
-            value is YAML; an empty one is null.
+            with the name of a stage (`prune.sparsity`), or of a section in one (`pruner.sparsity`), that occurs once.
+            The value is YAML; an empty one is null.
         known: The recipe's top-level keys.
 
     Raises:
