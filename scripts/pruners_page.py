@@ -28,8 +28,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         "of several seeds show the mean and, in brackets, the lowest and the highest. Seconds and peak GPU memory (of "
         "the model and the pruning) are the largest over the row's shapes, with "
         f"{report['workers']} cases running side by side on the GPU; `steps` rows were trained, the others were not. "
-        "Rows whose quality is gone are here too; empty cells and absent pruners are not measured yet. What follows is in "
-        "[pruners](../pruners.md#which-one).",
+        "Rows whose quality is gone are here too; empty cells and absent pruners are not measured yet. "
+        "What follows is in [pruners](../pruners.md#which-one).",
         "",
         "```bash",
         COMMAND.format(workers=report["workers"]),
