@@ -121,20 +121,21 @@ def cases() -> Iterator[Case]:
                     yield Case("lm", block, sparsity, f"{method}, {STEPS} steps", seed)
 
 
+def split_sentences(text: str) -> list[str]:
+    """Sentences of 5 to 40 words of a text's paragraphs, one a line; headings and lines with unknown words left out."""
+    paragraphs = [line for line in text.splitlines() if not line.strip().startswith(("=", "#"))]
+    found = [s.strip() for paragraph in paragraphs for s in re.split(r"(?<=[.!?])\s+", paragraph)]
+    return [" ".join(s.split()) for s in found if 5 <= len(s.split()) <= 40 and "<unk>" not in s]
+
+
 def sentences(sst2: Path, wikitext: str, books: list[str]) -> list[str]:
     """Calibration sentences: a third each of film reviews, encyclopedia and novels, drawn by a fixed seed."""
     rng = random.Random(0)
-
-    def split(text: str) -> list[str]:
-        found = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text))
-        return [s.strip() for s in found if 5 <= len(s.split()) <= 40 and "<unk>" not in s]
-
     reviews = [line.partition("\t")[0].strip() for line in read_text(sst2).splitlines()[1:]]
-    paragraphs = [line for line in wikitext.splitlines() if not line.strip().startswith("=")]
     sources = [
         [review for review in reviews if len(review.split()) >= 4],
-        [s for paragraph in paragraphs for s in split(paragraph)],
-        [s for book in books[:60] for s in split(book[2000:22000])],
+        split_sentences(wikitext),
+        [s for book in books[:60] for s in split_sentences(book[2000:22000].replace("\n", " "))],
     ]
     count = SENTENCES // 3
     chosen = rng.sample(sources[0], count) + rng.sample(sources[1], count)
