@@ -29,11 +29,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing comes from a hub
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, T5Config
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config
 
-from sparsify import pipeline
-from sparsify.checkpoint import reader
-from sparsify.cli import console
+import sparsify
+from sparsify.cli.console import RichProgress, quiet_transformers
 from sparsify.errors import SparsifyError
 from sparsify.recipe import Recipe
 
@@ -233,8 +232,8 @@ def count_right(checkpoint: Path, file: Path, samples: int = 500) -> tuple[int, 
     """
     lines = file.read_text(encoding="utf-8").splitlines()[:samples]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = reader.load(checkpoint, device, task="seq2seq")
-    tokenizer: Any = reader.load_processor(checkpoint)
+    model: Any = sparsify.load(checkpoint, device=device, task="seq2seq")
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
     right = 0
     for start in range(0, len(lines), 100):
         rows = [json.loads(line) for line in lines[start : start + 100]]
@@ -275,8 +274,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             write_skeleton(options.out / "skeleton", files["train"], options.width, options.layers)
             job = recipe(options.out, files, options.steps, options.batch, options.seed)
-            console.quiet_transformers()
-            print(pipeline.run(job, force=options.force, progress=console.RichProgress()))
+            quiet_transformers()
+            print(sparsify.run(job, force=options.force, progress=RichProgress()))
         checkpoint = options.check or options.out / "model"
         right, count = count_right(checkpoint, options.out / "held_out.jsonl")
         print(f"{right} of {count} held-out numbers translated without a mistake")
