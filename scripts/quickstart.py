@@ -36,7 +36,10 @@ DENSE = ROOT / "recipes" / "demo"
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 # What a run writes to its folder, and so what the next one may remove there.
 MARK = ".quickstart"
-CONTENT = ("corpus", "pruned", "recovered", "recovered.work", "masks.png", "loss.png", "quickstart.json")
+CONTENT = (
+    "corpus", "pruned", "pruned.work", "recovered", "recovered.work", "sparsify-scores",
+    "masks.png", "loss.png", "quickstart.json",
+)  # fmt: skip
 TOKENS = (1, 256)
 # Latency on the CPU is that of two threads on every machine: more of them do nothing for a model this small.
 THREADS = 2
@@ -75,21 +78,13 @@ def compress(out: Path, device: str, settings: list[str]) -> None:
         settings: `key=value` changes of the recipe.
     """
     text = json.dumps(str(out / "corpus" / "train.txt"))
-    overrides = [f"device={device}", f"data.train.path={text}", *settings]
-    recipe = sparsify.Recipe.load(RECIPE, overrides, {"model": str(DENSE)})
-    step = [stage for stage in recipe.stages if stage.stage == "prune"][-1]
-    model = load(DENSE)
-    sparsify.prune(
-        model,
-        method=step.method,
-        block=step.block,
-        sparsity=step.sparsity,
-        scope=step.scope,
-        floor=step.floor,
-        ceiling=step.ceiling,
-        **step.options,
-    )
-    sparsify.save(model, out / "pruned", processor=AutoTokenizer.from_pretrained(DENSE))
+    sources = [f"data.{name}.path={text}" for name in ("train", "calibration")]
+    recipe = sparsify.Recipe.load(RECIPE, [f"device={device}", *sources, *settings], {"model": str(DENSE)})
+    whole = recipe.model_dump(mode="json", exclude_none=True)
+    untrained = [stage for stage in whole["stages"] if stage["stage"] != "finetune"]
+    print("Pruning, without training ...", flush=True)
+    sparsify.run(sparsify.Recipe.from_dict({**whole, "stages": untrained}), out=out / "pruned")
+    print("Pruning again, and recovering ...", flush=True)
     result = sparsify.run(recipe, out=out / "recovered", progress=RichProgress())
     plots.mask_pictures(sparsify.masks_of(result.model), out / "masks.png")
     assert result.report is not None  # the recipe ends with a report stage
@@ -207,7 +202,7 @@ def run(out: Path, device: str, settings: list[str]) -> int:
     (out / "quickstart.json").write_text(json.dumps(report, indent=2) + "\n")
     show(columns)
     print(f"{environment['cpu']}, {environment['threads']} threads, float32; bytes on disk: bfloat16.")
-    print("pruned: everything at once, nothing trained; recovered: what the recipe makes of it.")
+    print("pruned: the recipe without its training; recovered: what the whole recipe makes of it.")
     print(
         f"\ndense model      {DENSE}\ncompressed model {out / 'recovered'}\nnumbers          {out / 'quickstart.json'}"
     )

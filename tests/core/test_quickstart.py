@@ -90,7 +90,7 @@ def test_the_recipe_prunes_attention_and_feed_forward_to_about_a_fifth():
 @pytest.mark.timeout(600)
 def test_from_any_folder_to_a_table_and_a_line_of_text(tmp_path):
     script = Path(quickstart.__file__)
-    steps = ["--set", "stages.1.steps=4", "--set", "stages.3.steps=30"]
+    steps = ["--set", "finetune.steps=30", "--set", "calibrate.samples=16", "--set", "prune.reconstruct=4"]
     command = [sys.executable, str(script), "--device", "cpu", *steps]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
