@@ -54,6 +54,7 @@ class Distill(Strict):
             )
         return self
 
+
 class Lora(Strict):
     """Training low-rank updates of the stored blocks, and nothing else; they are merged into the blocks at the end.
 
