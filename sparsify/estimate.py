@@ -15,6 +15,7 @@ import torch
 from sparsify.layers.kinds import dense_kind
 from sparsify.plan import Plan, resolve_device, skeleton
 from sparsify.recipe import (
+    ENOUGH,
     CalibrateStage,
     ConvertStage,
     DataSpec,
@@ -158,7 +159,8 @@ def _training_tokens(stage: FinetuneStage, spec: DataSpec, sizes: _Sizes) -> flo
 
 def _read_tokens(stage: Any, recipe: Recipe, sizes: _Sizes) -> float | None:
     if isinstance(stage, CalibrateStage) and recipe.data.calibration is not None:
-        return stage.samples * (sizes.positions or recipe.data.calibration.length)
+        length = sizes.positions or recipe.data.calibration.length
+        return ENOUGH if stage.samples is None else stage.samples * length
     if isinstance(stage, EvaluateStage) and recipe.data.eval is not None:
         spec = recipe.data.eval
         return None if spec.samples is None else spec.samples * (sizes.positions or spec.length)

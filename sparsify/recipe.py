@@ -208,6 +208,11 @@ class Search(Pruning):
         return self
 
 
+# Calibration tokens, where a recipe does not say how many samples: enough to tell inputs of wide layers apart and to
+# reconstruct blocks; as in 128 samples of 512.
+ENOUGH = 65_536
+
+
 class CalibrateStage(Strict):
     """Collects the statistics that the next pruner asks for.
 

@@ -243,7 +243,7 @@ class Sensitivity:
         torch.manual_seed(recipe.seed)
         samples = load_samples(spec, processor, model, self.task, recipe.seed)
         total, size = len(samples.dataset), self.calibrate.batch
-        count = min(self.calibrate.samples, total)
+        count = min(self.calibrate.samples or total, total)
         rows = [samples.dataset[index * total // count] for index in range(count)]
         made = [
             in_dtype(samples.collate(rows[start : start + size]), model) for start in range(0, count, size)

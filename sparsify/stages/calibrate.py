@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from sparsify.calibration import collect_statistics, needs_calibration
 from sparsify.preparation import make_pruner
-from sparsify.recipe import CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
+from sparsify.recipe import ENOUGH, CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
 from sparsify.stages.prune import order_units
 from sparsify.stages.state import State
 from sparsify.targets import select
 from sparsify.training.samples import Samples, in_dtype, load_samples
 
-# Without `samples`: enough to tell the inputs of wide layers apart and to reconstruct blocks; as 128 samples of 512.
-ENOUGH, SAMPLES = 65_536, 128
+SAMPLES = 128  # of what has no tokens, where the stage does not say how many
 
 
 def run(stage: CalibrateStage, state: State) -> None:

@@ -185,7 +185,7 @@ def _written(recipe: Recipe, file: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recipe": "quickstart"}, "recipe quickstart prunes in 2 stages: here it must be one"),
+        ({"recipe": "twice"}, "recipe twice prunes in 2 stages: here it must be one"),
         ({"recipe": "no_such_recipe"}, "no_such_recipe"),
         ({"sparsty": 0.5}, "unknown key; did you mean 'sparsity'"),
         ({"method": "wanda"}, "pruner 'wanda' needs the statistic 'input_sq'"),
@@ -193,6 +193,9 @@ def _written(recipe: Recipe, file: Path) -> Path:
     ids=["two prunings", "no recipe", "unknown key", "no calibration"],
 )
 def test_what_cannot_be_pruned_is_told_in_one_line(arguments: dict, message: str, tmp_path: Path):
+    if arguments.get("recipe") == "twice":
+        prune = {"stage": "prune", "block": "16x8"}
+        arguments = {"recipe": Recipe.from_dict({"version": 1, "name": "twice", "stages": [prune, prune]})}
     with pytest.raises(ConfigError, match=message) as told:
         callback = SparsifyCallback(
             **{**({"block": "16x8"} if "recipe" not in arguments else {}), **arguments}
