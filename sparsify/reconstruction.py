@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sparsify.blocks import BlockMask
 from sparsify.errors import PrunerError
+from sparsify.progress import Advance
 from sparsify.walk import Block
 
 RATE = 0.03  # largest step, as a share of a tensor's root mean square
@@ -59,13 +60,16 @@ class Reconstructed:
         return f"{self.block}: output error {self.before:.2%} as before; more calibration data may help"
 
 
-def reconstruct(block: Block, masks: Mapping[str, BlockMask], steps: int, seed: int = 0) -> Reconstructed:
+def reconstruct(
+    block: Block, masks: Mapping[str, BlockMask], steps: int, advance: Advance, seed: int = 0
+) -> Reconstructed:
     """Trains the parameters of a block whose removed weights are zero, in place; they stay zero.
 
     Args:
         block: The block in hand, with its inputs in the dense model.
         masks: Masks by layer name.
         steps: Optimizer steps, of one calibration batch each.
+        advance: Told about each of them.
         seed: Of the order of the batches.
 
     Raises:
@@ -117,9 +121,11 @@ def reconstruct(block: Block, masks: Mapping[str, BlockMask], steps: int, seed: 
             loss(trained[order.pop()]).backward()
         optimizer.step()
         prune()
+        advance()
         if step % max(1, steps // CHECKS) == 0 or step == steps:
             now = error()
             if not math.isfinite(now):
+                advance(steps - step)
                 break
             if now < best:
                 best, found = now, {name: weight.detach().clone() for name, weight in weights.items()}

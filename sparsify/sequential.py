@@ -147,7 +147,7 @@ def _update(
     progress: Progress,
 ) -> None:
     """The second walk: adjusts and zeroes the weights of one block after the other."""
-    with progress.task("adjusting weights", len(walk.names)) as advance:
+    with progress.task("adjusting weights", len(walk.names) * (1 + steps)) as advance:
         walk.compares = pruner.compares or steps > 0
         for block in walk:
             entry = f"{key}/{block.name or 'model'}"
@@ -156,8 +156,8 @@ def _update(
             if done is None:
                 _adjust(block, pruner, masks)
                 if steps and block.dense_calls:
-                    found = reconstruct_block(block, masks, steps)
-                    progress.note(str(found))
+                    advance(0, text=block.name)
+                    progress.note(str(reconstruct_block(block, masks, steps, advance)))
                 if cache is not None:
                     cache.write(
                         entry, {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
@@ -165,7 +165,7 @@ def _update(
             for name, weight in (done or {}).items():
                 parameters[name].copy_(weight)
             block.advance()
-            advance(text=block.name)
+            advance(1 if done is None and block.dense_calls else 1 + steps, text=block.name)
     if cache is not None:
         cache.remove(key)
 

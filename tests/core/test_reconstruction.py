@@ -205,3 +205,35 @@ def tokenizer(folder) -> None:
     fresh = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     fresh.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=fresh, unk_token="<unk>").save_pretrained(folder)
+
+
+def test_every_step_is_told_and_the_bar_ends_full(tmp_path):
+    from contextlib import contextmanager
+
+    from sparsify.allocation import Budget
+    from sparsify.blocks import BlockShape
+    from sparsify.pruner import create_pruner
+    from sparsify.sequential import prune_in_walks
+    from sparsify.targets import select
+    from sparsify.walk_cache import WalkCache
+
+    class Bars(Progress):
+        def __init__(self) -> None:
+            self.done: dict[str, list[float]] = {}
+
+        @contextmanager
+        def task(self, label, total=None):
+            count = self.done[label] = [0, total]
+
+            def advance(more=1, *, total=None, text=""):
+                count[0] += more
+
+            yield advance
+
+    for model in (bert(), llama()):
+        for steps in (0, 7):
+            bars, fresh = Bars(), copy.deepcopy(model)
+            layers = select(fresh, BlockShape(8, 8)).layers
+            given = (fresh, create_pruner("block_obs"), layers, Budget(0.5), batches(8))
+            prune_in_walks(*given, reconstruct=steps, progress=bars, cache=WalkCache(tmp_path))
+            assert bars.done["adjusting weights"] == [2 * (1 + steps)] * 2
