@@ -263,7 +263,9 @@ def describe(stage: Any) -> str:
 def _pruning(settings: Pruning) -> str:
     order = ", units reordered first" if settings.permute else ""
     blocks = f"{settings.sparsity:.0%} in blocks of {settings.block}"
-    return f"{settings.method}, {blocks}, scope {settings.scope}{order}"
+    steps = getattr(settings, "reconstruct", 0)
+    after = f", each transformer block reconstructed in {steps} steps" if steps else ""
+    return f"{settings.method}, {blocks}, scope {settings.scope}{order}{after}"
 
 
 def _packs(stage: Any) -> bool:

@@ -96,7 +96,7 @@ app.command(
 app.command(
     "prune",
     epilog=_example(
-        "sparsify prune path/to/model --out path/to/sparse --method magnitude --block 64x64 --sparsity 0.5"
+        "sparsify prune path/to/model --out path/to/sparse --block 64x64 --sparsity 0.5 --data texts.txt"
     ),
 )(prune)
 app.command("inspect", epilog=_example("sparsify inspect path/to/sparse --json"))(inspect)
