@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import random
 import re
@@ -40,9 +39,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import peers
 import sparsify
 from bench_quality import find_encoder
+from bench_rows import missing, open_report, store
 from pruners_page import as_markdown
-from reference_lm import held_out_blocks, read_books, read_text, sha256
-from sparsify import data, measure, quality
+from reference_lm import held_out_blocks, read_books, read_text
+from sparsify import data, quality
 from sparsify.cli.console import quiet_transformers
 
 BLOCKS = ("16x16", "32x32", "64x64", "128x16")
@@ -267,13 +267,8 @@ def _run(case: Case) -> dict[str, Any]:
 
 def run(options: argparse.Namespace, file: Path) -> dict[str, Any]:
     """Measures what the file does not hold yet, and stores every row as it comes."""
-    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    environment = measure.environment()
-    del environment["command"]
-    report |= {"environment": environment, "lm_sha256": sha256(options.lm), "workers": options.workers}
-    done = {tuple(row[key] for key in Case.__dataclass_fields__) for row in report["rows"]}
-    left = [case for case in cases() if tuple(asdict(case).values()) not in done]
-    left = [case for case in left if re.search(options.only, f"{case.model} {case.block} {case.method}")]
+    report = open_report(file, options.lm, options.workers)
+    left = missing(report, cases(), options.only)
     if "dense" not in report:
         worker = Worker(options)
         report["dense"] = {
@@ -284,12 +279,7 @@ def run(options: argparse.Namespace, file: Path) -> dict[str, Any]:
         del worker
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.workers, _start, (options,)) as pool:
-        for row in pool.imap_unordered(_run, left):
-            report["rows"].append(row)
-            print(" ".join(f"{value}" for value in row.values()), flush=True)
-            fresh = file.with_suffix(".tmp")
-            fresh.write_text(json.dumps(report, indent=1) + "\n")
-            fresh.replace(file)
+        store(report, pool.imap_unordered(_run, left), file)
     return report
 
 
@@ -303,7 +293,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lm", type=Path, required=True, help="what scripts/reference_lm.py wrote")
     parser.add_argument("--encoder", type=Path, help="encoder (default: from its installed package)")
     parser.add_argument("--max-books", type=int, default=60, help="books read of each archive (default 60)")
-    parser.add_argument("--only", default="", help="regular expression on MODEL BLOCK METHOD")
+    parser.add_argument("--only", default="", help="regular expression on MODEL BLOCK SPARSITY METHOD SEED")
     parser.add_argument("--workers", type=int, default=1, help="cases run side by side (default 1)")
     parser.add_argument("--out", type=Path, required=True, help="folder for pruners.json and pruners.md")
     return parser.parse_args(arguments)

