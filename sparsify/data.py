@@ -26,6 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from sparsify.data_files import SUFFIXES, data_files
 from sparsify.data_labelled import (
     class_token_rows,
@@ -209,7 +211,7 @@ def causal_blocks(spec: Source, tokenizer: PreTrainedTokenizerBase) -> Dataset:
             f"that a sample needs at least 2"
         )
     prefix, _ = _frame(tokenizer)
-    blocks = list(_blocks(spec, tokenizer, prefix, []))
+    blocks = np.stack(list(_blocks(spec, tokenizer, prefix, [])))
     return _torch_dataset({"input_ids": blocks, "labels": blocks})
 
 
@@ -223,9 +225,8 @@ def masked_blocks(spec: Source, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     Raises:
         DataError: As `causal_blocks`.
     """
-    blocks = list(_blocks(spec, tokenizer, *_frame(tokenizer)))
-    special = set(tokenizer.all_special_ids)
-    mask = [[int(token in special) for token in block] for block in blocks]
+    blocks = np.stack(list(_blocks(spec, tokenizer, *_frame(tokenizer))))
+    mask = np.isin(blocks, tokenizer.all_special_ids).astype(np.int64)
     return _torch_dataset({"input_ids": blocks, "special_tokens_mask": mask})
 
 
@@ -312,12 +313,15 @@ def stream_samples(
     """
     if task == "causal-lm":
         prefix, _ = _frame(tokenizer)
-        return lambda: ({"input_ids": b, "labels": list(b)} for b in _blocks(spec, tokenizer, prefix, []))
+        return lambda: (
+            {"input_ids": block.tolist(), "labels": block.tolist()}
+            for block in _blocks(spec, tokenizer, prefix, [])
+        )
     if task == "masked-lm":
         frame, special = _frame(tokenizer), set(tokenizer.all_special_ids)
         return lambda: (
             {"input_ids": block, "special_tokens_mask": [int(token in special) for token in block]}
-            for block in _blocks(spec, tokenizer, *frame)
+            for block in (row.tolist() for row in _blocks(spec, tokenizer, *frame))
         )
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "sequence-classification": lambda: class_token_rows(spec, tokenizer, label2id),
@@ -349,23 +353,24 @@ def _pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
         yield text[start:], True
 
 
-def _token_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+def _token_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Tokens of the documents, int64, with the end token after each, some documents or parts of one at a time."""
     ends_with = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    end = cast(int | None, ends_with)
+    end = [] if ends_with is None else [cast(int, ends_with)]
     pieces = _pieces(documents)
     while batch := list(islice(pieces, 64)):
         # verbose=False: no warning that a text is longer than the model's context, since it is cut into blocks.
         texts = [text for text, _ in batch]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for ids, (_, ends) in zip(cast(list[list[int]], encoded), batch, strict=True):
-            yield from ids
-            if ends and end is not None:
-                yield end
+        rows = zip(cast(list[list[int]], encoded), batch, strict=True)
+        yield np.concatenate(
+            [np.array(ids + end if ends else ids, dtype=np.int64) for ids, (_, ends) in rows]
+        )
 
 
 def _blocks(
     spec: Source, tokenizer: PreTrainedTokenizerBase, prefix: list[int], suffix: list[int]
-) -> Iterator[list[int]]:
+) -> Iterator[np.ndarray]:
     inner = spec.length - len(prefix) - len(suffix)
     if inner < 1:
         raise DataError(
@@ -373,14 +378,16 @@ def _blocks(
         )
     rows = rows_of(spec, TEXT_COLUMNS, "column of texts")
     texts = (text_of(text, row, spec, blank=True) for row, (text,) in enumerate(rows))
-    stream = _token_stream(texts, tokenizer)
-    count = 0
-    while spec.samples is None or count < spec.samples:
-        block = list(islice(stream, inner))
-        if len(block) < inner:
-            break
-        count += 1
-        yield [*prefix, *block, *suffix]
+    count, rest = 0, np.empty(0, dtype=np.int64)
+    for tokens in _token_stream(texts, tokenizer):
+        rest = np.concatenate([rest, tokens])
+        whole = len(rest) // inner
+        for own in rest[: whole * inner].reshape(whole, inner):
+            yield np.concatenate([prefix, own, suffix]).astype(np.int64)
+            count += 1
+            if count == spec.samples:
+                return
+        rest = rest[whole * inner :]
     if not count:
         raise DataError(
             f"{title(spec)} holds less than one block of {spec.length} tokens; give more text or lower `length`"
@@ -393,7 +400,7 @@ def _dataset(rows: Iterator[dict[str, Any]]) -> Dataset:
     return Dataset.from_list(list(rows))
 
 
-def _torch_dataset(columns: dict[str, list[list[int]]]) -> Dataset:
+def _torch_dataset(columns: dict[str, np.ndarray]) -> Dataset:
     from datasets import Dataset
 
     return Dataset.from_dict(columns).with_format("torch")

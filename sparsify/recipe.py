@@ -252,6 +252,8 @@ class FinetuneStage(Strict):
         schedule: What the learning rate does after the warm-up, by its transformers name.
         precision: `float32`, or mixed precision over float32 weights; `auto` takes bfloat16 on a GPU that has it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
+        dropout: Probability of dropout while training; the model's own when left out. 0 suits a student, whose teacher
+            has none.
         pruner: Prune while training, and fix the exact mask at the end.
         heal: Train the kept blocks only (`packed`) or dense weights under their mask (`masked`); `auto` measures a
             step of each and takes the faster one.
@@ -273,6 +275,7 @@ class FinetuneStage(Strict):
     schedule: Literal["cosine", "linear", "constant_with_warmup", "inverse_sqrt"] = "cosine"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
+    dropout: float | None = Field(default=None, ge=0, lt=1)
     pruner: Search | None = None
     heal: Heal = "auto"
     distill: Distill | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsify import masking, processes
@@ -19,7 +20,7 @@ from sparsify.stages.heal_choice import faster_form
 from sparsify.stages.prune import order_units
 from sparsify.stages.report import totals
 from sparsify.stages.state import State
-from sparsify.training.finetune import train
+from sparsify.training.finetune import precision_of, train
 from sparsify.training.pruning_callback import PruningCallback
 from sparsify.training.samples import Samples, load_samples
 from sparsify.training.sharding import fill, gathered, spare
@@ -172,7 +173,9 @@ def _form(stage: FinetuneStage, state: State, tokens: int) -> str:
             state.choices[key], reason = "masked", "the result is to be dense"
         else:
             with state.progress.task("timing both ways to heal"):
-                state.choices[key], reason = faster_form(state.model, state.masks, tokens)
+                state.choices[key], reason = faster_form(
+                    state.model, state.masks, tokens, getattr(torch, precision_of(stage, state.device))
+                )
         state.note(f"heal: auto trains {state.choices[key]} weights: {reason}")
     return state.choices[key]
 

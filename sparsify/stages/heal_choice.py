@@ -22,13 +22,16 @@ MOST_TOKENS = 2048
 REPEATS = 5
 
 
-def faster_form(model: nn.Module, masks: Mapping[str, BlockMask], tokens: int) -> tuple[str, str]:
+def faster_form(
+    model: nn.Module, masks: Mapping[str, BlockMask], tokens: int, dtype: torch.dtype
+) -> tuple[str, str]:
     """Times both forms of the model's masked layers.
 
     Args:
         model: The model that will be trained; only its device is used.
         masks: Its masks by layer name.
         tokens: Tokens in one forward pass of the training.
+        dtype: What the training multiplies in; the weights are float32.
 
     Returns:
         `"packed"` or `"masked"`, and the reason in words.
@@ -44,7 +47,7 @@ def faster_form(model: nn.Module, masks: Mapping[str, BlockMask], tokens: int) -
         inputs = torch.randn(tokens, shape[1], device=device)
         wrapper = nn.ModuleDict({"layer": linear})
         masking.mask_model(wrapper, {"layer": mask}, dense_gradient=False)
-        times = _step_seconds([sparse, linear], inputs)
+        times = _step_seconds([sparse, linear], inputs, dtype)
         packed, masked = packed + count * times[0], masked + count * times[1]
     form = "packed" if packed <= masked else "masked"
     return (
@@ -53,14 +56,16 @@ def faster_form(model: nn.Module, masks: Mapping[str, BlockMask], tokens: int) -
     )
 
 
-def _step_seconds(layers: Sequence[nn.Module], inputs: torch.Tensor) -> list[float]:
+def _step_seconds(layers: Sequence[nn.Module], inputs: torch.Tensor, dtype: torch.dtype) -> list[float]:
     """Shortest time of a forward and backward pass of each layer, taken in turns after one pass to warm up."""
     inputs = inputs.requires_grad_()
     times: list[list[float]] = [[] for _ in layers]
     for _ in range(REPEATS + 1):
         for layer, own in zip(layers, times, strict=True):
             start = time.perf_counter()
-            layer(inputs).sum().backward()
+            with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
+                outputs = layer(inputs)
+            outputs.sum().backward()
             if inputs.device.type == "cuda":
                 torch.cuda.synchronize(inputs.device)
             own.append(time.perf_counter() - start)

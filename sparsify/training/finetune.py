@@ -20,6 +20,7 @@ from sparsify.checkpoint.conversions import own_names
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.progress import Advance, Progress
 from sparsify.recipe import FinetuneStage
+from sparsify.training.dropout import dropout_of
 from sparsify.training.masked_tokens import TokenHider
 from sparsify.training.pruning_callback import PruningCallback
 from sparsify.training.samples import UNITS, Samples, in_dtype
@@ -75,7 +76,12 @@ def train(
     use_cache = getattr(config, "use_cache", None)
     model.train()
     try:
-        with _float32_weights(model), own_names(model), progress.task("training") as advance:
+        with (
+            _float32_weights(model),
+            own_names(model),
+            dropout_of(model, stage.dropout),
+            progress.task("training") as advance,
+        ):
             follow = _Follow(advance, stage.pruner.sparsity if stage.pruner else None, samples.collate)
             trainer = _Trainer(samples, sparsity, model=model, args=arguments, callbacks=[*callbacks, follow])
             trainer.remove_callback(PrinterCallback)
@@ -92,15 +98,20 @@ def train(
     ]
 
 
+def precision_of(stage: FinetuneStage, device: torch.device) -> str:
+    """What the training multiplies in: `float32`, `bfloat16` or `float16`."""
+    if stage.precision != "auto":
+        return stage.precision
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if bf16 else "float32"
+
+
 def _arguments(stage: FinetuneStage, folder: Path, seed: int, device: torch.device) -> TrainingArguments:
     if device.type == "cuda" and device.index not in (None, 0) and not processes.several():
         raise ConfigError(
             f"training uses the first visible GPU, got {device}: choose it with CUDA_VISIBLE_DEVICES"
         )
-    precision = stage.precision
-    if precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if bf16 else "float32"
+    precision = precision_of(stage, device)
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": stage.batch,
