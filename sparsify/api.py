@@ -21,7 +21,6 @@ from sparsify.scopes import Scope
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from sparsify.data import Source
     from sparsify.permutation import Permuted
@@ -89,7 +88,7 @@ def prune(
     """Prunes a model in blocks, in place.
 
     Args:
-        model: A transformers model, or any module if `convert` is false. Its weights change.
+        model: A transformers model, or any module. Its weights change.
         method: A name that `sparsify pruners` lists, or `package.module:Class`. Default: `block_obs` with
             reconstruction if there is calibration data, else `magnitude`.
         block: Block shape as `(out, in)` features, such as `"64x64"`; each side a power of two from 8 to 256.
@@ -158,6 +157,11 @@ def prune(
         raise ConfigError("reconstruct needs calibration data: give `calibration`")
     limits = budget(settings)
     pruner, selection = prepare(model, settings, walks=calibration is not None)
+    if convert and any(not layer.module_name for layer in selection.layers):
+        raise ConfigError(
+            f"the model is itself the layer to prune, a {type(model).__name__}, and nothing can take its place: put it "
+            f"into a module first, as in nn.Sequential(model)"
+        )
     permuted: list[Permuted] = []
     if permute:
         names = {layer.name for layer in selection.layers}
@@ -270,7 +274,9 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     task: str | None = None,
-) -> PreTrainedModel:
+    *,
+    model: nn.Module | None = None,
+) -> Any:
     """Loads a checkpoint, block-sparse or dense; the same as the right `AutoModel...from_pretrained`.
 
     Args:
@@ -278,20 +284,29 @@ def load(
         device: Where to put the model; `"auto"` spreads it over devices. Default: the CPU.
         dtype: Dtype of the weights. Default: the checkpoint's.
         task: A recipe's task, such as `causal-lm`; by default the class that the checkpoint was saved from.
+        model: For the checkpoint of a plain module, a dense one of its class: `MyModel(...)`. It is filled in place.
+
+    Returns:
+        The model in evaluation mode: a `PreTrainedModel`, or `model`.
 
     Raises:
-        CheckpointError: If the checkpoint is missing, damaged, unsafe, or does not fit the task.
+        CheckpointError: If the checkpoint is missing, damaged, unsafe, or does not fit the task or `model`.
+        ConfigError: If `model` is none that can be filled, or comes with a task.
     """
-    from sparsify.checkpoint import reader
+    from sparsify.checkpoint import plain, reader
 
+    if model is not None:
+        if task is not None:
+            raise ConfigError(f"task {task!r} is for models of transformers: leave it out beside `model`")
+        return plain.load(path, model, device, dtype)
     return reader.load(path, device, dtype, task)
 
 
-def save(model: PreTrainedModel, out: str | Path, *, processor: Any = None, force: bool = False) -> Path:
+def save(model: nn.Module, out: str | Path, *, processor: Any = None, force: bool = False) -> Path:
     """Writes a model, with block-sparse layers or without, as a checkpoint folder; all of it or nothing.
 
     Args:
-        model: A transformers model.
+        model: A transformers model, or any module; that one `load(out, model=MyModel(...))` reads again.
         out: Folder to write; it must not exist, or be empty.
         processor: Tokenizer, image processor or feature extractor to save beside the weights.
         force: Replace an existing checkpoint in `out`; the old one stays until the new one is complete.
@@ -301,14 +316,16 @@ def save(model: PreTrainedModel, out: str | Path, *, processor: Any = None, forc
 
     Raises:
         OutputError: If `out` exists, cannot be written, or does not fit on its disk.
-        ConfigError: If `model` is not a transformers model.
+        ConfigError: If `model` is none that can be written.
     """
     from sparsify.checkpoint import writer
 
     return writer.save(model, out, processor=processor, force=force)
 
 
-def densify(path: str | Path, out: str | Path, *, force: bool = False) -> Path:
+def densify(
+    path: str | Path, out: str | Path, *, force: bool = False, model: nn.Module | None = None
+) -> Path:
     """Writes the ordinary dense checkpoint that a block-sparse one stands for, for any runtime.
 
     Kept weights are bit-identical, removed ones are zero.
@@ -317,17 +334,18 @@ def densify(path: str | Path, out: str | Path, *, force: bool = False) -> Path:
         path: Block-sparse checkpoint: a folder, or a name on the Hub.
         out: Folder to write; it must not exist, or be empty.
         force: Replace an existing checkpoint in `out`.
+        model: For the checkpoint of a plain module, a dense one of its class, which is filled in place.
 
     Returns:
         The folder written.
 
     Raises:
-        CheckpointError: If `path` cannot be read or is dense already.
+        CheckpointError: If `path` cannot be read or is dense already, or does not fit `model`.
         OutputError: If `out` exists, cannot be written, or does not fit on its disk.
     """
     from sparsify.checkpoint.densify import densify as write_dense
 
-    return write_dense(path, out, force=force)
+    return write_dense(path, out, force=force, module=model)
 
 
 def run(

@@ -29,6 +29,25 @@ def needs_calibration(pruner: Pruner) -> bool:
     return bool(pruner.requires) or type(pruner).calibrate is not Pruner.calibrate
 
 
+def checked_batches(batches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Calibration data as a list, which can be gone through more than once.
+
+    Raises:
+        PrunerError: If there is none, or a batch is not the keyword arguments of a forward pass.
+    """
+    data: list[dict[str, Any]] = []
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise PrunerError(
+                f"calibration batch {index} is a {type(batch).__name__}: expected the keyword arguments of the model's "
+                f"forward pass, such as {{'x': tensor}}"
+            )
+        data.append(dict(batch))
+    if not data:
+        raise PrunerError("there is no calibration data: give at least one batch")
+    return data
+
+
 @torch.no_grad()
 def collect_statistics(
     model: nn.Module,

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.allocation import checked_score
-from sparsify.calibration import needs_calibration
-from sparsify.errors import PrunerError
+from sparsify.calibration import checked_batches, needs_calibration
 from sparsify.pruner import PrunableLayer, Pruner
-from sparsify.walk import Batch, Walk
+from sparsify.walk import Walk
 
 
 @torch.no_grad()
@@ -42,9 +41,7 @@ def score_layers(
     if batches is None or not needs_calibration(pruner):
         scores = {layer.name: pruner.score(layer) for layer in layers}
         return [checked_score(scores, layer) for layer in layers]
-    data: list[Batch] = [dict(batch) for batch in batches]
-    if not data:
-        raise PrunerError("there is no calibration data: give at least one batch")
+    data = checked_batches(batches)
     with Walk(model, layers, data, device) as walk:
         for block in walk:
             block.advance(pruner)

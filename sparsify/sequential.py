@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from sparsify.allocation import Budget, checked_score
 from sparsify.blocks import BlockMask
-from sparsify.calibration import needs_calibration
-from sparsify.errors import PrunerError
+from sparsify.calibration import checked_batches, needs_calibration
 from sparsify.progress import Progress
 from sparsify.pruner import PrunableLayer, Pruner
 from sparsify.reconstruction import reconstruct as reconstruct_block
@@ -71,9 +70,7 @@ def prune_in_walks(
             finite.
     """
     progress = progress or Progress()
-    data: list[Batch] = [dict(batch) for batch in batches]
-    if not data:
-        raise PrunerError("there is no calibration data: give at least one batch")
+    data = checked_batches(batches)
     with Walk(model, layers, data, device) as walk:
         key = _fingerprint(model, pruner, layers, data) if cache is not None else ""
         scores = _score(walk, pruner, cache, key, progress)

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from sparsify.blocks import BlockShape
@@ -139,8 +140,9 @@ class _Candidate:
         self.module_name, self.module = module_name, module
         self.layers = kinds.matrices(module_name, module, block)
         self.why = kinds.why_unsupported(module)
-        weight = module._parameters.get("weight")
-        self.shape = () if weight is None else tuple(weight.shape)
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        known = weight is not None and not isinstance(weight, nn.UninitializedParameter)
+        self.shape = tuple(weight.shape) if known else ()
         # The weights of fused experts are swapped together, so one that is too small keeps all of them dense.
         self.too_small = any(
             layer.shape[0] < block.rows or layer.shape[1] < block.cols for layer in self.layers
@@ -163,8 +165,13 @@ class _Candidate:
 
 
 def _candidates(model: nn.Module, block: BlockShape) -> Iterator[_Candidate]:
+    compiled: list[str] = []  # what is inside of a torch.jit module is told of as one
     for name, module in model.named_modules():
+        if any(name.startswith(outer) for outer in compiled):
+            continue
         candidate = _Candidate(name, module, block)
+        if isinstance(module, torch.jit.ScriptModule):
+            compiled.append(f"{name}." if name else "")
         if candidate.layers or candidate.why:
             yield candidate
 
@@ -256,6 +263,5 @@ def _nothing_left(model: nn.Module, dense: list[KeptDense]) -> str:
         return f"nothing in {type(model).__name__} can be pruned: it has no linear layer, Conv1D or fused experts"
     first = dense[0]
     more = f", and {len(dense) - 1} more" if len(dense) > 1 else ""
-    return (
-        f"nothing is left to prune in {type(model).__name__}: {first.name} stays dense ({first.reason}){more}"
-    )
+    name = first.name or "it"
+    return f"nothing is left to prune in {type(model).__name__}: {name} stays dense ({first.reason}){more}"

@@ -185,7 +185,7 @@ class Walk:
             return [[_Call([], dict(batch), mask) for batch, mask in zip(self.batches, masks, strict=True)]]
         slots = {place.name: place.slot for place in self._places}
         calls: list[list[_Call]] = [[] for _ in names]
-        for batch, mask in zip(self.batches, masks, strict=True):
+        for index, (batch, mask) in enumerate(zip(self.batches, masks, strict=True)):
             kept: dict[int, tuple[Any, Any]] = {}  # blocks share masks and positions: each is stored once
             with ExitStack() as hooks:
                 for at, name in enumerate(names):
@@ -195,6 +195,13 @@ class Walk:
                     hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
                 with suppress(_Enough):
                     self.model(**self._moved(batch))
+            for name, own in zip(names, calls, strict=True):
+                if len(own) != index + 1:
+                    raise PrunerError(
+                        f"block {name} ran {len(own) - index} times in calibration batch {index}, and once in the "
+                        f"first: a model that chooses its blocks by the data cannot be walked through; leave the block "
+                        f"out with ignore, or give data that takes one way"
+                    )
         return calls
 
     @property

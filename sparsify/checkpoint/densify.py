@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sparsify.checkpoint import reader, writer
+from sparsify.checkpoint import plain, reader, writer
 from sparsify.errors import CheckpointError, OutputError
 from sparsify.layers.fusion import unfuse
 from sparsify.layers.kinds import dense_parameters
@@ -52,15 +52,16 @@ def dense_equivalent(sparse: PackedModule, dense: nn.Module) -> nn.Module:
         A copy of `dense` with weights of its own; it shares what the sparse layer does not pack, such as a bias.
     """
     dense = deepcopy(dense)
+    # By attribute, because recurrent layers also keep a list of their weights.
     for key, tensor in dense_parameters(sparse).items():
-        dense.register_parameter(key, nn.Parameter(tensor, sparse.get_parameter(key).requires_grad))
+        setattr(dense, key, nn.Parameter(tensor, sparse.get_parameter(key).requires_grad))
     for key, parameter in sparse.named_parameters(recurse=False):
         if key not in sparse.packed:
-            dense.register_parameter(key, parameter)
+            setattr(dense, key, parameter)
     return dense.train(sparse.training)
 
 
-def densify(path: str | Path, out: str | Path, force: bool = False) -> Path:
+def densify(path: str | Path, out: str | Path, force: bool = False, module: nn.Module | None = None) -> Path:
     """Writes the ordinary dense checkpoint that a block-sparse one stands for.
 
     Kept weights are bit-identical, removed ones are zero; names and layout are those of the architecture, so that
@@ -70,21 +71,29 @@ def densify(path: str | Path, out: str | Path, force: bool = False) -> Path:
         path: Block-sparse checkpoint: a folder, or a name on the Hub.
         out: Folder to write.
         force: Replace an existing checkpoint in `out`.
+        module: For the checkpoint of a plain module, a dense one of its class, which is filled in place.
 
     Returns:
         The folder written.
 
     Raises:
-        CheckpointError: If `path` cannot be read or is dense already.
+        CheckpointError: If `path` cannot be read or is dense already, or does not fit `module`.
         OutputError: If `out` exists, cannot be written or does not fit on its disk.
     """
-    plan(path, out, force)
+    plan(path, out, force, module)
+    if module is not None:
+        filled = plain.load(path, module)
+        with writer.new_folder(Path(out).expanduser().resolve(), force) as folder:
+            plain.write_dense(filled, folder)
+        return Path(out).expanduser().resolve()
     model = reader.load(path)
     model.dequantize()
     return writer.save(model, out, processor=reader.load_processor(path), force=force)
 
 
-def plan(path: str | Path, out: str | Path, force: bool = False) -> tuple[reader.CheckpointInfo, int]:
+def plan(
+    path: str | Path, out: str | Path, force: bool = False, module: nn.Module | None = None
+) -> tuple[reader.CheckpointInfo, int]:
     """Checks that `densify` can do its work, without loading weights.
 
     Returns:
@@ -95,6 +104,12 @@ def plan(path: str | Path, out: str | Path, force: bool = False) -> tuple[reader
         OutputError: If `out` exists, cannot be written or does not fit on its disk.
     """
     info = reader.open_checkpoint(path)
+    plain_class = plain.module_class(info.config)
+    if plain_class is not None and module is None:
+        raise CheckpointError(
+            f"{path} holds the weights of a plain module, {plain_class}, which your own code builds: make it dense in "
+            f"Python with sparsify.densify(path, out, model=...)"
+        )
     if not info.layers:
         raise CheckpointError(f"{path} is a dense checkpoint already: there is nothing to densify")
     if Path(out).expanduser().resolve() == info.path.resolve():

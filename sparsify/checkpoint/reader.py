@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsify.blocks import BlockMask, BlockShape
+from sparsify.checkpoint import plain
 from sparsify.checkpoint.files import StoredTensor, read_headers, weight_files
 from sparsify.checkpoint.format import KEPT_DENSE, QUANT_METHOD, REPORT_FILE, check_format, packed_weights
 from sparsify.checkpoint.sources import check_source, local_folder, read_config
@@ -193,7 +194,14 @@ def load(
 
     register()
     folder = check_source(path, trust_remote_code)
-    model_class = _model_class(read_config(folder), task)
+    config = read_config(folder)
+    plain_class = plain.module_class(config)
+    if plain_class is not None:
+        raise CheckpointError(
+            f"{path} holds the weights of a plain module, {plain_class}, which your own code builds: load it in Python "
+            f"with sparsify.load(path, model={plain_class.rpartition(':')[2].rpartition('.')[2]}(...))"
+        )
+    model_class = _model_class(config, task)
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
     if device is not None and str(device) != "cpu":
         options["device_map"] = device if str(device) == "auto" else {"": device}

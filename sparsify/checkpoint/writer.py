@@ -12,23 +12,21 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
+from torch import nn
 
+from sparsify.checkpoint import plain
 from sparsify.checkpoint.format import RECIPE_FILE, REPORT_FILE, REPORT_PAGE
-from sparsify.errors import ConfigError, OutputError
+from sparsify.errors import OutputError
 from sparsify.layers.swap import sparse_modules
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SMALL_FILES_BYTES = 32 * 2**20  # config, tokenizer, recipe and report, generously
 
 
 def save(
-    model: PreTrainedModel,
+    model: nn.Module,
     out: str | Path,
     *,
     tokenizer: Any = None,
@@ -39,10 +37,10 @@ def save(
     force: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Writes a model as a checkpoint folder that `from_pretrained` reads.
+    """Writes a model as a checkpoint folder that `from_pretrained` reads, or a plain module as one that `load` reads.
 
     Args:
-        model: A transformers model, with block-sparse layers or dense (also while it is masked).
+        model: A transformers model or any module, with block-sparse layers or dense (also while it is masked).
         out: Folder to write; it must not exist, or be empty.
         tokenizer: Tokenizer to save beside the weights.
         processor: Image processor, feature extractor or processor to save beside the weights.
@@ -57,22 +55,22 @@ def save(
 
     Raises:
         OutputError: If `out` exists, is no checkpoint (with `force`), cannot be written or does not fit on its disk.
-        ConfigError: If `model` is not a transformers model.
+        ConfigError: If `model` cannot be written: a `torch.jit` module, a wrapper, an adapter.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise ConfigError(
-            f"cannot save {type(model).__name__}: expected a transformers model (for a PEFT model, merge the adapter "
-            f"first, or save the adapter alone with its own save_pretrained)"
-        )
+        plain.check_savable(model)
     check_output(out, force, weight_bytes(model))
-    if sparse_modules(model):
+    if isinstance(model, PreTrainedModel) and sparse_modules(model):
         from sparsify.checkpoint.quantizer import attach
 
         attach(model)
-    with _new_folder(Path(out).expanduser().resolve(), force) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    with new_folder(Path(out).expanduser().resolve(), force) as folder:
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        else:
+            plain.write(model, folder, max_shard_size)
         for part in (tokenizer, processor):
             if part is not None:
                 part.save_pretrained(folder)
@@ -82,11 +80,11 @@ def save(
             (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if page is not None:
             (folder / REPORT_PAGE).write_text(page, encoding="utf-8")
-        _copy_sentence_transformers(Path(model.name_or_path or ""), folder)
+        _copy_sentence_transformers(Path(getattr(model, "name_or_path", None) or ""), folder)
     return Path(out).expanduser().resolve()
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Bytes that the model's weights take on disk, tied ones counted once."""
     tensors = {(t.data_ptr() if t.device.type != "meta" else id(t)): t for t in model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -137,7 +135,7 @@ def _size(count: int) -> str:
 
 
 @contextmanager
-def _new_folder(path: Path, force: bool) -> Iterator[Path]:
+def new_folder(path: Path, force: bool) -> Iterator[Path]:
     """A folder to write to, which becomes `path` if the block ends well and vanishes if not."""
     folder = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockMask, BlockShape
@@ -30,11 +31,17 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def why_unsupported(module: nn.Module) -> str | None:
     """Why a module that holds a dense weight matrix cannot be swapped; `None` if it can, or holds none."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a torch.jit module is a compiled program: prune the Python module that it was made from"
     if isinstance(module, nn.Linear):
         if type(module).forward is not nn.Linear.forward:
             return f"{type(module).__name__} computes something other than nn.Linear"
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "nn.MultiheadAttention reads this weight without calling the layer"
+        if isinstance(module._parameters.get("weight"), nn.UninitializedParameter):
+            return "its shape is not known before the model has run once"
+        if "weight" not in module._parameters:
+            return "its weight is computed anew in each call, by a parametrization or hook: remove that first"
     if projections(module) is not None and getattr(module, "has_post_expert_norm", False):
         return f"{type(module).__name__} normalises inside each expert"
     return None

@@ -156,7 +156,8 @@ def _wav2vec2(self, x):
 @cache
 def recognise(cls: type[nn.Module]) -> Mlp | None:
     """The names of the sub-modules of an MLP class; `None` if it is not one of those above."""
-    code = getattr(cls.forward, "__code__", None)
+    # Looked up this way because a torch.jit class cannot even be asked for its `forward`.
+    code = getattr(inspect.getattr_static(cls, "forward"), "__code__", None)
     for pattern in _PATTERNS:
         names = None if code is None else _roles(code, pattern.code)
         if names is not None:

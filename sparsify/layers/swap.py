@@ -12,7 +12,16 @@ from sparsify.layers.packed import PackedModule
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` where `model` has the submodule `name`; accelerate's device hooks move over."""
+    """Puts `new` where `model` has the submodule `name`; accelerate's device hooks move over.
+
+    Raises:
+        SparsifyError: If `name` is empty: nothing can take the place of the model itself.
+    """
+    if not name:
+        raise SparsifyError(
+            f"nothing can take the place of the model itself, a {type(model).__name__}: put it into a module first, as "
+            f"in nn.Sequential(model)"
+        )
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     hook = getattr(parent.get_submodule(child), "_hf_hook", None)

@@ -188,8 +188,8 @@ def test_dense_model_is_saved_as_it_is(tmp_path: Path) -> None:
 
 
 def test_what_is_no_transformers_model(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot save Linear: expected a transformers model"):
-        writer.save(torch.nn.Linear(4, 4), tmp_path / "out")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"cannot save dict: expected an nn\.Module"):
+        writer.save({"weight": torch.ones(3)}, tmp_path / "out")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="not a transformers model"):
         attach(torch.nn.ModuleDict({"fc": model.model.layers[0].mlp.up_proj}))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="no block-sparse layer"):
