@@ -184,7 +184,8 @@ class _Trainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             now = time.perf_counter()
-            logs[f"{self._samples.unit}_per_second"] = self._done / (now - self._since)
+            done = self._done * self.args.world_size  # each process counts its own share
+            logs[f"{self._samples.unit}_per_second"] = done / (now - self._since)
             self._done, self._since = 0, now
             if self._sparsity is not None:
                 logs["sparsity"] = self._sparsity()
