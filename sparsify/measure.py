@@ -11,7 +11,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -62,18 +62,31 @@ def peak_memory_forward(model: nn.Module, inputs: Inputs) -> int:
     Returns:
         Bytes.
     """
-    device = _device(model)
     with _evaluation(model):
-        model(**inputs)  # caches, workspaces and compiled kernels are not part of a forward pass
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            model(**inputs)
-            torch.cuda.synchronize(device)
-            activations = torch.cuda.max_memory_allocated(device) - before
-        else:
-            activations = _peak_of_cpu_allocations(model, inputs)
+        return peak_memory(model, lambda: model(**inputs))
+
+
+def peak_memory(model: nn.Module, call: Callable[[], object]) -> int:
+    """Largest memory that a call of a model needs, as `peak_memory_forward` counts it.
+
+    Args:
+        model: Whose parameters and buffers count.
+        call: What is done with it; made twice, the first time unseen.
+
+    Returns:
+        Bytes.
+    """
+    device = _device(model)
+    call()  # caches, workspaces and compiled kernels are not part of a forward pass
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        activations = torch.cuda.max_memory_allocated(device) - before
+    else:
+        activations = _peak_of_cpu_allocations(call)
     return model_bytes(model) + activations
 
 
@@ -230,15 +243,15 @@ def _l2_flusher(device: torch.device):
     return flush
 
 
-def _peak_of_cpu_allocations(model: nn.Module, inputs: Inputs) -> int:
-    """Largest sum of live bytes above the start, over all allocations and releases of one pass."""
+def _peak_of_cpu_allocations(call: Callable[[], object]) -> int:
+    """Largest sum of live bytes above the start, over all allocations and releases of a call."""
     # The profiler's library writes a line per start and stop to stderr unless told not to, before its first use.
     level = os.environ.get("KINETO_LOG_LEVEL")
     os.environ["KINETO_LOG_LEVEL"] = level or "99"
     profile = torch.autograd.profiler.profile(profile_memory=True)
     try:
         with profile:
-            model(**inputs)
+            call()
     finally:
         if level is None:
             del os.environ["KINETO_LOG_LEVEL"]

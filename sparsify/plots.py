@@ -35,8 +35,8 @@ def density_by_layer(density: Mapping[str, float], path: str | Path) -> Path:
     Raises:
         ConfigError: If there is nothing to draw or the suffix is unknown.
     """
-    _need(density, "a layer's density")
-    figure = _figure(7.5, 1.2 + 0.24 * len(density))
+    need(density, "a layer's density")
+    figure = new_figure(7.5, 1.2 + 0.24 * len(density))
     axes = figure.add_subplot()
     names = list(density)
     axes.barh(names, [100 * density[name] for name in names], color=KEPT, height=0.75)
@@ -47,7 +47,7 @@ def density_by_layer(density: Mapping[str, float], path: str | Path) -> Path:
     axes.set_xlim(0, 100)
     axes.margins(y=0.01)
     axes.invert_yaxis()
-    return _write(figure, path)
+    return save_figure(figure, path)
 
 
 def mask_pictures(masks: Mapping[str, BlockMask], path: str | Path, columns: int = 4) -> Path:
@@ -66,10 +66,10 @@ def mask_pictures(masks: Mapping[str, BlockMask], path: str | Path, columns: int
     """
     from matplotlib.colors import ListedColormap
 
-    _need(masks, "a mask")
+    need(masks, "a mask")
     columns = min(columns, len(masks))
     rows = math.ceil(len(masks) / columns)
-    figure = _figure(3.2 * columns, 3.1 * rows)
+    figure = new_figure(3.2 * columns, 3.1 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     colors = ListedColormap([REMOVED, KEPT])
     for axes in grid:
@@ -79,7 +79,7 @@ def mask_pictures(masks: Mapping[str, BlockMask], path: str | Path, columns: int
         axes.set_title(_short(name), fontsize=9, loc="left")
         size = f"{mask.shape[0]}x{mask.shape[1]} in {mask.block}, {100 * mask.density:.0f} % kept"
         axes.text(0, -0.04, size, transform=axes.transAxes, fontsize=8, va="top")
-    return _write(figure, path)
+    return save_figure(figure, path)
 
 
 def quality_by_sparsity(
@@ -105,8 +105,8 @@ def quality_by_sparsity(
     Raises:
         ConfigError: If there is nothing to draw or the suffix is unknown.
     """
-    _need(curves, "a curve")
-    figure = _figure(7, 4.5)
+    need(curves, "a curve")
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     for label, points in curves.items():
         sparsities = sorted(points)
@@ -114,7 +114,7 @@ def quality_by_sparsity(
     _finish_quality(axes, quality, dense, log)
     axes.set_xlabel("weights removed, %")
     axes.legend(frameon=False)
-    return _write(figure, path)
+    return save_figure(figure, path)
 
 
 def quality_by_block(
@@ -140,8 +140,8 @@ def quality_by_block(
     Raises:
         ConfigError: If there is nothing to draw or the suffix is unknown.
     """
-    _need(series, "a series")
-    figure = _figure(7.5, 4.2)
+    need(series, "a series")
+    figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     shapes = list(next(iter(series.values())))
     width = 0.8 / len(series)
@@ -156,7 +156,7 @@ def quality_by_block(
     axes.legend(
         frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series) + 1, borderaxespad=0
     )
-    return _write(figure, path)
+    return save_figure(figure, path)
 
 
 def loss_curve(losses: Mapping[str, Sequence[tuple[int, float]]], path: str | Path) -> Path:
@@ -172,8 +172,8 @@ def loss_curve(losses: Mapping[str, Sequence[tuple[int, float]]], path: str | Pa
     Raises:
         ConfigError: If there is nothing to draw or the suffix is unknown.
     """
-    _need([points for points in losses.values() if points], "a loss")
-    figure = _figure(7, 4)
+    need([points for points in losses.values() if points], "a loss")
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     for label, points in losses.items():
         marker = "o" if len(points) < 20 else None  # a single point has no line
@@ -182,7 +182,7 @@ def loss_curve(losses: Mapping[str, Sequence[tuple[int, float]]], path: str | Pa
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("nats a token")
     axes.legend(frameon=False)
-    return _write(figure, path)
+    return save_figure(figure, path)
 
 
 def sensitivity(curves: Mapping[str, Mapping[float, float]], path: str | Path, *, loss: str) -> Path:
@@ -201,8 +201,8 @@ def sensitivity(curves: Mapping[str, Mapping[float, float]], path: str | Path, *
     """
     from matplotlib import colormaps
 
-    _need(curves, "a layer's curve")
-    figure = _figure(7.5, 1.6 + 0.22 * len(curves))
+    need(curves, "a layer's curve")
+    figure = new_figure(7.5, 1.6 + 0.22 * len(curves))
     axes = figure.add_subplot()
     sparsities = sorted(next(iter(curves.values())))
     names = list(curves)
@@ -228,10 +228,11 @@ def sensitivity(curves: Mapping[str, Mapping[float, float]], path: str | Path, *
         columnspacing=1,
         handletextpad=0,
     )
-    return _write(figure, path)
+    return save_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -250,7 +251,12 @@ def _digits(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _write(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Writes a finished figure; equal data give equal files.
+
+    Raises:
+        ConfigError: If the suffix is unknown.
+    """
     from matplotlib import rc_context
 
     path = Path(path)
@@ -259,14 +265,19 @@ def _write(figure: Figure, path: str | Path) -> Path:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No date, no version, no random ids: equal data give equal files.
+    # No date, no version, no random ids.
     metadata = {".svg": {"Date": None}, ".png": {"Software": None}}.get(path.suffix)
     with rc_context({"svg.hashsalt": "sparsify"}):
         figure.savefig(path, dpi=150, metadata=metadata)
     return path
 
 
-def _need(data: object, what: str) -> None:
+def need(data: object, what: str) -> None:
+    """Refuses to draw nothing.
+
+    Raises:
+        ConfigError: If `data` is empty.
+    """
     if not data:
         raise ConfigError(f"nothing to draw: give at least {what}")
 

@@ -56,7 +56,7 @@ def check_layer(name: str, actual: Tensor, exact: Tensor, scale: Tensor, budget:
     return error
 
 
-def check_model(actual: Tensor, expected: Tensor, routed: bool) -> float:
+def check_model(actual: Tensor, expected: Tensor, routed: bool, where: str = "") -> float:
     """Checks a whole model's output, token by token.
 
     Args:
@@ -64,6 +64,7 @@ def check_model(actual: Tensor, expected: Tensor, routed: bool) -> float:
         expected: The same of its dense twin.
         routed: Whether tokens are routed to experts. Rounding can then send single tokens another way, so that half
             of the tokens must agree instead of all.
+        where: What was done, for the message; else the number of tokens.
 
     Returns:
         The relative error of the token that decides.
@@ -78,7 +79,7 @@ def check_model(actual: Tensor, expected: Tensor, routed: bool) -> float:
     error = (errors.median() if routed else errors.max()).item()
     if not error <= budget:
         raise SparsifyError(
-            f"the sparse model's output at {_tokens(actual)} differs from that of its dense equivalent by "
+            f"the sparse model's output at {where or _tokens(actual)} differs from that of its dense equivalent by "
             f"{error:.2g}, more than the {budget:.2g} that {_short(dtype)} allows; nothing is reported"
         )
     return error

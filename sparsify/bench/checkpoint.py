@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsify import measure
+from sparsify.bench import energy as energy_counters
 from sparsify.bench import layers as bench_layers
 from sparsify.bench import model as bench_model
 from sparsify.bench import verdict
+from sparsify.bench.limits import Limits, machine_limits
+from sparsify.bench.workloads import Workload, positive, workloads
 from sparsify.checkpoint import reader
 from sparsify.checkpoint.densify import dense_skeleton
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers.experts import BlockSparseExperts
 from sparsify.layers.swap import sparse_modules
-from sparsify.plan import resolve_device
+from sparsify.plan import resolve_device, resolve_task
 from sparsify.progress import Progress
+from sparsify.training.samples import MEDIA_TASKS, media_example
 
 GPU_TOKENS, CPU_TOKENS = (1, 16, 256, 2048), (1, 16, 128)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -27,24 +32,70 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 SAME = ("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What `bench` is asked to do, checked without loading weights.
+
+    Attributes:
+        path: A block-sparse checkpoint.
+        info: What its files say of it.
+        against: The dense checkpoint to set beside it end to end, or `None`.
+        device: Where.
+        tokens: Tokens of each sequence.
+        batches: Sequences or samples at once.
+    """
+
+    path: str | Path
+    info: reader.CheckpointInfo
+    against: str | Path | None
+    device: torch.device
+    tokens: list[int]
+    batches: list[int]
+
+
+def plan(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    tokens: Sequence[int] | str | None = None,
+    batches: Sequence[int] | str = (1,),
+    repeats: int = 20,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Plan:
+    """Checks the arguments of `bench`; arguments and errors are those."""
+    target = resolve_device(device)
+    counts, sizes = token_counts(tokens, target), positive("batches", batches)
+    if repeats < 1:
+        raise ConfigError(f"repeats: got {repeats}, expected at least 1")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    return Plan(path, _check_paths(path, against), against, target, counts, sizes)
+
+
 def bench(
     path: str | Path,
     *,
     against: str | Path | None = None,
     tokens: Sequence[int] | str | None = None,
+    batches: Sequence[int] | str = (1,),
+    energy: bool = False,
     repeats: int = 20,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Times every distinct block-sparse layer and the whole model against dense ones, in turns.
+    """Measures every distinct block-sparse layer and the whole model beside dense ones, in turns.
 
     Args:
         path: A block-sparse checkpoint.
         against: The dense checkpoint to set beside it end to end. By default the sparse model made dense, random
             values in place of the removed ones.
-        tokens: Token counts, or text such as `"1,256"`. Default: 1, 16, 256 and 2048 on a GPU, 1, 16 and 128 else.
+        tokens: Tokens of each sequence, or text such as `"1,256"`: of a prefill, and those before a decoding step.
+            Default: 1, 16, 256 and 2048 on a GPU, 1, 16 and 128 else. Pictures and recordings have their own.
+        batches: Sequences, pictures or recordings at once, or text such as `"1,16"`.
+        energy: Measure the energy of each token or sample too, where the device counts it.
         repeats: Rounds of each measurement; long ones stop earlier.
         device: `auto` (a GPU if there is one) or any torch device.
         dtype: `auto` (the sparse checkpoint's own), `float32`, `float16` or `bfloat16`.
@@ -52,51 +103,57 @@ def bench(
         progress: Told about every measurement.
 
     Returns:
-        `path`, `against`, `device`, `gpu` (its name or `None`), `dtype`, `tokens`, `layers` (one entry a group of
-        equal layers: see `layers.Group.describe`, with `times` and `skipped`), `end_to_end` (`dense`: what the dense
-        model is; `times`, `bytes`, `bytes_dense`; or `None`), `verdict`, `advice`, `notes` and `environment`.
+        `path`, `against`, `device`, `gpu` (its name or `None`), `dtype`, `tokens`, `batches`, `limits` (operations and
+        bytes a second that this machine reaches), `layers` (one entry a group of equal layers: see
+        `layers.Group.describe`, with `times` and `skipped`), `end_to_end` (`dense`: what the dense model is; `times`:
+        see `model.measure_models`; `bytes`, `bytes_dense`; or `None`), `energy` (`meter`, `idle_watts`; or `None`),
+        `verdict`, `advice`, `notes` and `environment`.
 
     Raises:
         CheckpointError: If a checkpoint cannot be loaded, `path` is not block-sparse, or `against` is.
         ConfigError: If an option is wrong, or `against` is another architecture or size.
         SparsifyError: If an output differs from its dense equivalent's by more than the dtype allows.
     """
+    options = {"tokens": tokens, "batches": batches, "repeats": repeats, "device": device, "dtype": dtype}
+    wanted = plan(path, against=against, **options)
     progress = progress or Progress()
-    target = resolve_device(device)
-    counts = token_counts(tokens, target)
-    if repeats < 1:
-        raise ConfigError(f"repeats: got {repeats}, expected at least 1")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: got {dtype!r}, expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
-    info = _check_paths(path, against)
     with progress.task(f"loading {path}"):
         precision = None if dtype == "auto" else dtype
-        model = reader.load(path, target, precision, trust_remote_code=trust_remote_code)
+        model = reader.load(path, wanted.device, precision, trust_remote_code=trust_remote_code)
         reader.check_weights(model)
     torch.manual_seed(0)
-    notes = busy(target)
-    groups = _bench_layers(model, counts, repeats, progress)
-    usable, left_out = bench_model.usable_counts(model, counts)
+    notes = busy(wanted.device)
+    limits = machine_limits(wanted.device, model.dtype)
+    task = resolve_task("auto", str(path), type(model).__name__)
+    works, left_out = workloads(
+        model, task, wanted.tokens, wanted.batches, _sample(path, task, trust_remote_code)
+    )
+    rows = {work.rows for work in works}
+    if tokens is not None or not any(work.unit == "sample" for work in works):
+        rows |= {batch * count for batch in wanted.batches for count in wanted.tokens}
+    groups = _bench_layers(model, sorted(rows), repeats, progress, limits)
     notes += left_out
-    needed = sum(layer.bytes_dense for layer in info.layers) + (0 if against is None else info.dense_bytes)
-    needed = needed * model.dtype.itemsize // _stored_size(info)
+    if works and (lack := _lack(wanted, model)) is not None:
+        works = []
+        notes.append(f"end to end is not timed: {lack}")
+    gauge, counter = None, None
+    if energy and works:
+        gauge, counter = _gauge(wanted.device, notes, progress)
     end_to_end = None
-    if usable and (free := _free_bytes(target)) is not None and free < needed:
-        notes.append(
-            f"end to end is not timed: the dense model needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
-        )
-    elif usable:
-        options = {"trust_remote_code": trust_remote_code}
-        end_to_end = _bench_model(model, against, target, usable, repeats, progress, options)
+    if works:
+        end_to_end = _bench_model(model, wanted, works, repeats, progress, limits, gauge, trust_remote_code)
     return {
         "path": str(path),
         "against": None if against is None else str(against),
-        "device": str(target),
-        "gpu": torch.cuda.get_device_name(target) if target.type == "cuda" else None,
+        "device": str(wanted.device),
+        "gpu": torch.cuda.get_device_name(wanted.device) if wanted.device.type == "cuda" else None,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "tokens": counts,
+        "tokens": wanted.tokens,
+        "batches": wanted.batches,
+        "limits": asdict(limits),
         "layers": groups,
         "end_to_end": end_to_end,
+        "energy": counter,
         "verdict": verdict.closing(groups, end_to_end),
         "advice": verdict.advice(groups),
         "notes": notes,
@@ -112,10 +169,7 @@ def token_counts(tokens: Sequence[int] | str | None, device: torch.device) -> li
     """
     if tokens is None:
         tokens = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
-    parts = [part.strip() for part in tokens.split(",")] if isinstance(tokens, str) else list(tokens)
-    if not parts or not all(str(part).isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(f"tokens: got {tokens!r}, expected positive whole numbers, such as 1,16,256")
-    return sorted({int(part) for part in parts})
+    return positive("tokens", tokens)
 
 
 def busy(device: torch.device) -> list[str]:
@@ -151,8 +205,53 @@ def _check_paths(path: str | Path, against: str | Path | None) -> reader.Checkpo
     return info
 
 
+def _lack(wanted: Plan, model: Any) -> str | None:
+    """What memory the dense model lacks, in words."""
+    info = wanted.info
+    needed = sum(layer.bytes_dense for layer in info.layers)
+    needed += 0 if wanted.against is None else info.dense_bytes
+    needed = needed * model.dtype.itemsize // _stored_size(info)
+    free = _free_bytes(wanted.device)
+    if free is None or free >= needed:
+        return None
+    return f"the dense model needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
+
+
+def _sample(path: str | Path, task: str | None, trust_remote_code: bool) -> dict[str, Any] | None:
+    """Inputs of one picture or recording, if the checkpoint says how to make them."""
+    if task not in MEDIA_TASKS:
+        return None
+    try:
+        return media_example(reader.load_processor(path, trust_remote_code), task)
+    except ConfigError:
+        return None
+
+
+def _gauge(
+    device: torch.device, notes: list[str], progress: Progress
+) -> tuple[bench_model.Gauge | None, dict[str, Any] | None]:
+    """What measures energy, and what is said of it; adds a note where that is impossible."""
+    try:
+        meter = energy_counters.open_meter(device)
+        with progress.task("measuring the power of the idle device"):
+            idle = energy_counters.idle_power(meter)
+    except energy_counters.NoCounter as error:
+        notes.append(f"energy is not measured: {error}")
+        return None, None
+
+    def gauge(call: Any, wait: Any) -> energy_counters.Energy | None:
+        try:
+            return energy_counters.energy_of(call, meter, idle, wait)
+        except energy_counters.NoCounter as error:
+            note = f"energy is not measured everywhere: {error}"
+            notes.extend([note] if note not in notes else [])
+            return None
+
+    return gauge, {"meter": meter.name, "idle_watts": idle.watts}
+
+
 def _bench_layers(
-    model: Any, counts: Sequence[int], repeats: int, progress: Progress
+    model: Any, counts: Sequence[int], repeats: int, progress: Progress, limits: Limits
 ) -> list[dict[str, Any]]:
     skeleton = dense_skeleton(model)
     found = bench_layers.groups(model)
@@ -163,7 +262,7 @@ def _bench_layers(
             skipped = _why_skipped(group, skeleton)
             times = []
             if skipped is None:
-                times = bench_layers.measure_group(group, skeleton, counts, repeats, advance)
+                times = bench_layers.measure_group(group, skeleton, counts, repeats, advance, limits)
             entries.append(group.describe() | {"times": times, "skipped": skipped})
     return entries
 
@@ -176,27 +275,30 @@ def _why_skipped(group: bench_layers.Group, skeleton: Any) -> str | None:
 
 def _bench_model(
     model: Any,
-    against: str | Path | None,
-    device: torch.device,
-    counts: Sequence[int],
+    wanted: Plan,
+    works: Sequence[Workload],
     repeats: int,
     progress: Progress,
-    options: dict[str, Any],
+    limits: Limits,
+    gauge: bench_model.Gauge | None,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     packed = {name: list(module.packed) for name, module in sparse_modules(model).items()}
     dense = bench_model.dense_twin(model)
     with progress.task("checking the whole model"):
-        errors = bench_model.check(model, dense, counts)
-    if against is None:
+        errors = bench_model.check(model, dense, works)
+    if wanted.against is None:
         bench_model.fill_zeros(dense, packed)
         described = "the sparse model made dense, random values in place of the removed ones"
     else:
         del dense  # its memory is the other one's
-        with progress.task(f"loading {against}"):
-            dense = reader.load(against, device, model.dtype, **options)
-        described = str(against)
-    with progress.task("timing the whole model", len(counts)) as advance:
-        times = bench_model.measure_models(model, dense, errors, repeats, advance)
+        with progress.task(f"loading {wanted.against}"):
+            dense = reader.load(
+                wanted.against, wanted.device, model.dtype, trust_remote_code=trust_remote_code
+            )
+        described = str(wanted.against)
+    with progress.task("timing the whole model", len(works)) as advance:
+        times = bench_model.measure_models(model, dense, works, errors, limits, repeats, advance, gauge)
     return {
         "dense": described,
         "times": times,

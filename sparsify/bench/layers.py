@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.bench import agreement
+from sparsify.bench.limits import Limits, experts_per_token, flops_of, weight_bytes
 from sparsify.bench.timing import race
 from sparsify.checkpoint.densify import dense_equivalent
 from sparsify.layers import kinds
@@ -91,6 +92,7 @@ def measure_group(
     tokens: Sequence[int],
     repeats: int,
     advance: Callable[[], None],
+    limits: Limits,
 ) -> list[dict[str, Any]]:
     """Times one group's layer against a dense one with random weights.
 
@@ -100,10 +102,12 @@ def measure_group(
         tokens: Token counts.
         repeats: Rounds of each race.
         advance: Called after each token count.
+        limits: Of the machine.
 
     Returns:
-        For each token count `tokens`, `dense_us`, `sparse_us`, `speedup`, `error` (relative, against higher
-        precision), `timing` and `rounds`.
+        For each token count `tokens`, `dense_us`, `sparse_us`, `speedup`, `dense_limit_us`, `sparse_limit_us` (what
+        the machine's limits allow), `dense_share`, `sparse_share` (how much of that speed is reached), `error`
+        (relative, against higher precision), `timing` and `rounds`.
 
     Raises:
         SparsifyError: If the layer's output is wrong.
@@ -128,18 +132,13 @@ def measure_group(
     for count in counts:
         calls = {name: _each(layers, inputs[count]) for name, layers in contestants.items()}
         times = race(calls, device, repeats)
-        microseconds = {name: seconds / copies * 1e6 for name, seconds in times.seconds.items()}
-        rows.append(
-            {
-                "tokens": count,
-                "dense_us": microseconds["dense"],
-                "sparse_us": microseconds["sparse"],
-                "speedup": microseconds["dense"] / microseconds["sparse"],
-                "error": errors[count],
-                "timing": times.timing,
-                "rounds": times.rounds,
-            }
-        )
+        row: dict[str, Any] = {"tokens": count}
+        for name, layers in contestants.items():
+            row[f"{name}_us"] = times.seconds[name] / copies * 1e6
+            row[f"{name}_limit_us"] = _limit(layers[0], skeleton, inputs[count], limits) * 1e6
+            row[f"{name}_share"] = row[f"{name}_limit_us"] / row[f"{name}_us"]
+        row["speedup"] = times.seconds["dense"] / times.seconds["sparse"]
+        rows.append(row | {"error": errors[count], "timing": times.timing, "rounds": times.rounds})
         advance()
     return rows
 
@@ -173,12 +172,13 @@ def _inputs(sparse: PackedModule, skeleton: nn.Module, tokens: int) -> tuple[Ten
     return hidden, slots % sparse.num_experts, torch.full((tokens, chosen), 1 / chosen, **place)
 
 
-def experts_per_token(skeleton: nn.Module) -> int | None:
-    """How many experts a model's config sends a token to, if it says so."""
-    config: Any = getattr(skeleton, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-    return next((count for name in names if isinstance(count := getattr(config, name, None), int)), None)
+@torch.no_grad()
+def _limit(layer: nn.Module, skeleton: nn.Module, inputs: tuple[Tensor, ...], limits: Limits) -> float:
+    """The least seconds of a layer: its arithmetic, or its weights, inputs and outputs, once each."""
+    outputs: list[Tensor] = []
+    flops = flops_of(lambda: outputs.append(layer(*inputs)))
+    moved = weight_bytes(layer, len(inputs[0]), experts_per_token(skeleton))
+    return limits.seconds(flops, moved + sum(tensor.nbytes for tensor in [*inputs, *outputs]))
 
 
 def _exact_layer(sparse: PackedModule, dense: nn.Module) -> nn.Module:

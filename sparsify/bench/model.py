@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify import measure
 from sparsify.bench import agreement
-from sparsify.bench.timing import race
+from sparsify.bench.energy import Energy
+from sparsify.bench.limits import Limits, flops_of, weight_bytes
+from sparsify.bench.timing import LineUp, line_up
+from sparsify.bench.workloads import Task, Workload
 from sparsify.layers.experts import BlockSparseExperts
 from sparsify.layers.swap import sparse_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-def usable_counts(model: nn.Module, tokens: Sequence[int]) -> tuple[list[int], list[str]]:
-    """Token counts that the model takes as one sequence, and why others are left out."""
-    config: Any = getattr(model, "config", None)
-    if not isinstance(getattr(config, "vocab_size", None), int):
-        return [], [f"end to end is not timed: {type(model).__name__} takes no tokens"]
-    limit = getattr(config, "max_position_embeddings", None)
-    usable = [count for count in sorted(set(tokens)) if limit is None or count <= limit]
-    left_out = [count for count in sorted(set(tokens)) if count not in usable]
-    return usable, [
-        f"end to end is not timed at {count} tokens: the model takes {limit}" for count in left_out
-    ]
+# Energy of a call, if it can be measured, given the call and what waits until the device has done it.
+Gauge: TypeAlias = Callable[[Callable[[], object], Callable[[], object]], Energy | None]
 
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -45,19 +38,17 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def check(model: nn.Module, twin: nn.Module, tokens: Sequence[int]) -> dict[int, float]:
-    """Relative error of the model's output by token count, against its dense twin.
+def check(model: nn.Module, twin: nn.Module, works: Sequence[Workload]) -> list[float]:
+    """Relative error of the model's output in each workload, against its dense twin.
 
     Raises:
         SparsifyError: If it exceeds the dtype's budget.
     """
     routed = any(isinstance(module, BlockSparseExperts) for module in sparse_modules(model).values())
-    errors = {}
-    for count in tokens:
-        inputs = _inputs(model, count)
-        with torch.no_grad():
-            actual, expected = _output(model, inputs), _output(twin, inputs)
-        errors[count] = agreement.check_model(actual, expected, routed)
+    errors = []
+    for work in works:
+        actual, expected = work.on(model).output(), work.on(twin).output()
+        errors.append(agreement.check_model(actual, expected, routed, str(work)))
     return errors
 
 
@@ -83,59 +74,101 @@ def fill_zeros(twin: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
 def measure_models(
     sparse: nn.Module,
     dense: nn.Module,
-    errors: Mapping[int, float],
+    works: Sequence[Workload],
+    errors: Sequence[float],
+    limits: Limits,
     repeats: int,
-    advance: Callable[[], None],
+    advance: Callable[[], object],
+    gauge: Gauge | None = None,
 ) -> list[dict[str, Any]]:
-    """Times both models on one sequence, in turns.
+    """Measures both models in each workload, in turns.
 
     Args:
         sparse: The block-sparse model.
         dense: The dense one, on the same device.
-        errors: What `check` found; its token counts are timed.
+        works: What to do with them.
+        errors: What `check` found.
+        limits: Of the machine.
         repeats: Rounds of each race.
-        advance: Called after each token count.
+        advance: Called after each workload.
+        gauge: Measures the energy of a call, if that is wanted.
 
     Returns:
-        Rows as `layers.measure_group` gives them. On a GPU there are two for each token count, as CUDA graphs and
-        eager; only the second if a model cannot be captured.
+        Rows of `what`, `batch`, `tokens`, `unit` (as in `Workload`), `error`, `timing`, `rounds`, `speedup`, and for
+        each model, as `dense_...` and `sparse_...`: `us` (microseconds of a forward pass), `rate` (units a second),
+        `limit_us` and `share` (what the machine's limits allow, and how much of that speed is reached), `peak_bytes`
+        (weights, activations, keys and values). `energy` has `Energy.of` of each; or it is `None`. On a GPU there are
+        two rows for each workload, as CUDA graphs and eager; only the second if a model cannot be captured.
     """
     device = next(sparse.parameters()).device
-    rows = []
-    for count, error in errors.items():
-        inputs = _inputs(sparse, count)
-        calls = {
-            "dense": lambda inputs=inputs: dense(**inputs),
-            "sparse": lambda inputs=inputs: sparse(**inputs),
+    rows: list[dict[str, Any]] = []
+    for work, error in zip(works, errors, strict=True):
+        tasks = {name: work.on(model) for name, model in (("dense", dense), ("sparse", sparse))}
+        row: dict[str, Any] = {
+            "what": work.what,
+            "batch": work.batch,
+            "tokens": work.tokens,
+            "unit": work.unit,
         }
-        outcomes = [race(calls, device, repeats)]
-        if outcomes[0].timing == "graph":
-            outcomes.append(race(calls, device, repeats, graphs=False))
-        for times in outcomes:
-            seconds = times.seconds
-            rows.append(
-                {
-                    "tokens": count,
-                    "dense_us": seconds["dense"] * 1e6,
-                    "sparse_us": seconds["sparse"] * 1e6,
-                    "speedup": seconds["dense"] / seconds["sparse"],
-                    "error": error,
-                    "timing": times.timing,
-                    "rounds": times.rounds,
-                }
-            )
+        for name, model in (("dense", dense), ("sparse", sparse)):
+            row |= {f"{name}_{key}": value for key, value in _needs(work, model, tasks[name], limits).items()}
+        rows += timed(row | {"error": error}, tasks, device, repeats, gauge)
         advance()
     return rows
 
 
-def _inputs(model: nn.Module, tokens: int) -> dict[str, Tensor]:
-    inputs = measure.token_inputs(model, tokens)
-    # All ones: without it no model waits for the GPU to find that out.
-    del inputs["attention_mask"]
-    return inputs
+def timed(
+    row: dict[str, Any],
+    tasks: Mapping[str, Task],
+    device: torch.device,
+    repeats: int,
+    gauge: Gauge | None = None,
+    eager: bool = True,
+) -> list[dict[str, Any]]:
+    """Races `dense` against `sparse` and completes a row; see `measure_models`.
+
+    Args:
+        row: What is known already.
+        tasks: Both contestants' tasks.
+        device: Where they run.
+        repeats: Rounds of each race.
+        gauge: Measures energy; in the first way of timing alone.
+        eager: Whether what can be replayed as CUDA graphs is timed eagerly as well.
+    """
+    calls = {name: task.call for name, task in tasks.items()}
+    ways = [line_up(calls, device)]
+    if eager and ways[0].timing == "graph":
+        ways.append(line_up(calls, device, graphs=False))
+    rows = []
+    for way in ways:
+        times = way.race(repeats)
+        entry = dict(row)
+        for name, task in tasks.items():
+            seconds = times.seconds[name]
+            entry[f"{name}_us"] = seconds / task.passes * 1e6
+            entry[f"{name}_rate"] = task.units / seconds
+            if f"{name}_limit_us" in entry:
+                entry[f"{name}_share"] = entry[f"{name}_limit_us"] / entry[f"{name}_us"]
+        entry["speedup"] = times.seconds["dense"] / times.seconds["sparse"]
+        entry |= {"timing": times.timing, "rounds": times.rounds}
+        entry["energy"] = _energy(way, tasks, gauge) if gauge is not None and way is ways[0] else None
+        rows.append(entry)
+    return rows
 
 
-def _output(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The first floating-point tensor of a model's output: logits, or the last hidden state."""
-    output = model(**inputs)
-    return next(part for part in output.to_tuple() if isinstance(part, Tensor) and part.is_floating_point())
+def _needs(work: Workload, model: nn.Module, task: Task, limits: Limits) -> dict[str, float]:
+    """Least time of a forward pass, and its peak memory."""
+    moved = weight_bytes(model, work.rows) + task.state_bytes
+    seconds = limits.seconds(flops_of(task.call) / task.passes, moved)
+    return {"limit_us": seconds * 1e6, "peak_bytes": measure.peak_memory(model, task.call) + task.state_bytes}
+
+
+@torch.no_grad()
+def _energy(way: LineUp, tasks: Mapping[str, Task], gauge: Gauge) -> dict[str, dict[str, float]] | None:
+    found = {}
+    for name, task in tasks.items():
+        energy = gauge(way.calls[name], way.wait)
+        if energy is None:
+            return None
+        found[name] = energy.of(task.units)
+    return found

@@ -33,6 +33,54 @@ class Times:
     rounds: int
 
 
+@dataclass(frozen=True)
+class LineUp:
+    """Calls made ready to be timed, all in the same way.
+
+    Attributes:
+        calls: What is called: replays of CUDA graphs where all could be captured.
+        timing: As in `Times`.
+        device: Where they run.
+    """
+
+    calls: dict[str, Call]
+    timing: str
+    device: torch.device
+
+    def race(self, repeats: int) -> Times:
+        """Median time of each call; see `race`."""
+        with torch.no_grad():
+            if self.device.type != "cuda":
+                return _rounds(self.calls, repeats, _on_host, self.timing)
+            with torch.cuda.device(self.device):
+                flush = torch.empty(_flush_bytes(self.device), dtype=torch.uint8, device=self.device)
+                clock = _on_gpu if self.timing == "graph" else _until_done
+                return _rounds(self.calls, repeats, lambda call: clock(call, flush), self.timing)
+
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def line_up(calls: Mapping[str, Call], device: torch.device, *, graphs: bool = True) -> LineUp:
+    """Makes calls ready: on a GPU as CUDA graphs, unless one of them cannot be captured.
+
+    Args:
+        calls: Contestants; what they work on is on `device`. They run without gradients.
+        device: Where they run.
+        graphs: Whether to try CUDA graphs.
+    """
+    if device.type != "cuda":
+        return LineUp(dict(calls), "cpu", device)
+    with torch.no_grad(), torch.cuda.device(device):
+        replays = {name: _captured(call) for name, call in calls.items()} if graphs else {}
+    ready = {name: replay for name, replay in replays.items() if replay is not None}
+    if graphs and len(ready) == len(calls):
+        return LineUp(ready, "graph", device)
+    return LineUp(dict(calls), "eager", device)
+
+
 def race(calls: Mapping[str, Call], device: torch.device, repeats: int, *, graphs: bool = True) -> Times:
     """Median time of each call.
 
@@ -45,16 +93,7 @@ def race(calls: Mapping[str, Call], device: torch.device, repeats: int, *, graph
         repeats: Rounds, fewer (but at least five, or `repeats`) where they last longer than three seconds.
         graphs: Whether to try CUDA graphs.
     """
-    with torch.no_grad():
-        if device.type != "cuda":
-            return _rounds(calls, repeats, _on_host, "cpu")
-        with torch.cuda.device(device):
-            replays = {name: _captured(call) for name, call in calls.items()} if graphs else {}
-            flush = torch.empty(_flush_bytes(device), dtype=torch.uint8, device=device)
-            ready = {name: replay for name, replay in replays.items() if replay is not None}
-            if graphs and len(ready) == len(calls):
-                return _rounds(ready, repeats, lambda call: _on_gpu(call, flush), "graph")
-            return _rounds(calls, repeats, lambda call: _until_done(call, flush), "eager")
+    return line_up(calls, device, graphs=graphs).race(repeats)
 
 
 def _rounds(calls: Mapping[str, Call], repeats: int, clock: Callable[[Call], float], timing: str) -> Times:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsify.bench.workloads import Workload, tokens_said
+
 # Within this of dense, a layer is called neither faster nor slower.
 TIE = 0.02
 HOW = {"graph": "CUDA graph", "eager": "eager", "cpu": "CPU"}
+BOTH = ("dense", "sparse")
 
 Row = Mapping[str, Any]
 
@@ -24,14 +27,18 @@ def closing(groups: Sequence[Row], end_to_end: Row | None) -> str:
         rows = end_to_end["times"]
         ways = len({row["timing"] for row in rows}) > 1
         said = [
-            f"{row['speedup']:.2f}x at {_tokens(row['tokens'])}"
-            + (f" ({HOW[row['timing']]})" if ways else "")
+            f"{row['speedup']:.2f}x in {work(row)}" + (f" ({HOW[row['timing']]})" if ways else "")
             for row in rows
         ]
         parts.append(f"the whole model has {_and(said)} the speed of the dense one")
     if not parts:
         return "Nothing could be timed."
     return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
+
+
+def work(row: Row) -> str:
+    """What a whole model was asked to do: `prefill of 8 x 256 tokens`."""
+    return str(Workload(row["what"], row["batch"], row["tokens"], row["unit"]))
 
 
 def _layers_at(tokens: int, groups: Sequence[Row]) -> str:
@@ -53,7 +60,9 @@ def _layers_at(tokens: int, groups: Sequence[Row]) -> str:
         if counts[key]
     ]
     of = f" of {total} {'layer' if total == 1 else 'layers'}"
-    return f"at {_tokens(tokens)} " + ", ".join([first.format(of), *(other.format("") for other in others)])
+    return f"at {tokens_said(tokens)} " + ", ".join(
+        [first.format(of), *(other.format("") for other in others)]
+    )
 
 
 def _rows(groups: Sequence[Row]) -> list[Row]:
@@ -78,7 +87,7 @@ def advice(groups: Sequence[Row]) -> str | None:
 def layer_table(groups: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: one row a group of layers and token count."""
     header = ["layer", "layers", "weight", "block", "density", "memory MB", "dense MB",
-              "tokens", "dense us", "sparse us", "speed-up", ""]  # fmt: skip
+              "tokens", "dense us", "sparse us", "speed-up", "dense of limit", "sparse of limit", ""]  # fmt: skip
     rows = []
     for group in groups:
         first = [
@@ -91,16 +100,53 @@ def layer_table(groups: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             f"{group['bytes_dense'] / 1e6:.3f}",
         ]
         for row in group["times"]:
-            rows.append([*first, *_figures(row), _mark(row)])
+            rows.append([*first, str(row["tokens"]), *_figures(row), *_shares(row), _mark(row)])
         if group["skipped"]:
-            rows.append([*first, "-", "-", "-", "-", group["skipped"]])
+            rows.append([*first, *["-"] * 6, group["skipped"]])
     return header, rows
 
 
 def model_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row a token count and way of timing."""
-    header = ["whole model", "tokens", "dense us", "sparse us", "speed-up", ""]
-    return header, [[HOW[row["timing"]], *_figures(row), _mark(row)] for row in rows]
+    """Header and rows: one row a workload and way of timing."""
+    header = ["whole model", "timed", "dense us", "sparse us", "speed-up", "dense / s", "sparse / s",
+              "dense of limit", "sparse of limit", "dense peak MB", "sparse peak MB", ""]  # fmt: skip
+    return header, [
+        [
+            work(row),
+            HOW[row["timing"]],
+            *_figures(row),
+            *(f"{row[f'{name}_rate']:,.1f} {row['unit']}s" for name in BOTH),
+            *_shares(row),
+            *(f"{row[f'{name}_peak_bytes'] / 1e6:.1f}" for name in BOTH),
+            _mark(row),
+        ]
+        for row in rows
+    ]
+
+
+def energy_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one row a workload whose energy was measured."""
+    header = ["energy above idle", "unit", "dense mJ", "sparse mJ", "saved",
+              "dense W", "sparse W", "seconds", "updates"]  # fmt: skip
+    found = []
+    for row in rows:
+        if row["energy"] is None:
+            continue
+        dense, sparse = (row["energy"][name] for name in BOTH)
+        least = min(dense, sparse, key=lambda one: one["updates"])
+        saved = 1 - sparse["joules_per_unit"] / dense["joules_per_unit"] if dense["joules_per_unit"] else None
+        found.append(
+            [
+                work(row),
+                row["unit"],
+                *(f"{one['joules_per_unit'] * 1e3:.4g}" for one in (dense, sparse)),
+                "-" if saved is None else f"{saved:.0%}",
+                *(f"{one['watts']:.0f}" for one in (dense, sparse)),
+                f"{least['seconds']:.1f}",
+                str(least["updates"]),
+            ]
+        )
+    return header, found
 
 
 def place(document: Row) -> str:
@@ -118,22 +164,17 @@ def place(document: Row) -> str:
 
 
 def _figures(row: Row) -> list[str]:
-    return [
-        str(row["tokens"]),
-        f"{row['dense_us']:.1f}",
-        f"{row['sparse_us']:.1f}",
-        f"{row['speedup']:.2f}x",
-    ]
+    return [f"{row['dense_us']:.1f}", f"{row['sparse_us']:.1f}", f"{row['speedup']:.2f}x"]
+
+
+def _shares(row: Row) -> list[str]:
+    return [f"{row[f'{name}_share']:.0%}" for name in BOTH]
 
 
 def _mark(row: Row) -> str:
     """Marks what loses, and what a graph could not time."""
     slower = "slower than dense" if standing(row["speedup"]) == "slower" else ""
     return ", ".join(part for part in (slower, "eager" if row["timing"] == "eager" else "") if part)
-
-
-def _tokens(count: int) -> str:
-    return f"{count} token" if count == 1 else f"{count} tokens"
 
 
 def _and(parts: Sequence[str]) -> str:

@@ -103,9 +103,12 @@ app.command("inspect", epilog=_example("sparsify inspect path/to/sparse --json")
 app.command(
     "eval", epilog=_example("sparsify eval path/to/sparse --data held_out.txt --against path/to/model")
 )(evaluate)
-app.command("bench", epilog=_example("sparsify bench path/to/sparse --against path/to/model --tokens 1,256"))(
-    bench
-)
+app.command(
+    "bench",
+    epilog=_example(
+        "sparsify bench path/to/sparse --against path/to/model --tokens 128,2048 --batches 1,16 --out bench.json"
+    ),
+)(bench)
 app.command("tune", epilog=_example("sparsify tune path/to/sparse --tokens 1,16,256,4096"))(tune)
 app.command(
     "sensitivity",

@@ -56,7 +56,8 @@ def test_json_has_every_layer_and_the_model(sparse):
             row["dense_us"] > 0 and row["sparse_us"] > 0 and row["rounds"] == 2 for row in group["times"]
         )
     whole = report["end_to_end"]
-    assert [row["tokens"] for row in whole["times"]] == [1, 8]
+    done = [(row["what"], row["batch"], row["tokens"]) for row in whole["times"]]
+    assert done == [("prefill", 1, 1), ("prefill", 1, 8), ("decode", 1, 1), ("decode", 1, 8)]
     assert whole["bytes"] < whole["bytes_dense"] and "random values" in whole["dense"]
     assert report["environment"]["versions"]["torch"] == torch.__version__
 
@@ -71,7 +72,8 @@ def test_table_names_the_machine_and_ends_in_a_verdict(sparse, dense):
     )
     assert f"dense model: {dense}" in lines
     assert re.search(r"^At 1 token \d+ of 14 layers (is|are) .*; at 8 tokens \d+ of 14 layers .*; "
-                     r"the whole model has \d+\.\d\dx at 1 token and ", result.stdout, re.M)  # fmt: skip
+                     r"the whole model has \d+\.\d\dx in prefill of 1 token, .* in decoding after 8 tokens the",
+                     result.stdout, re.M)  # fmt: skip
 
 
 def test_other_dtypes(sparse):
@@ -108,7 +110,7 @@ def test_a_model_that_differs_as_a_whole_is_refused(sparse, monkeypatch):
         return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    refused("the sparse model's output at 1 token differs", sparse, *FEW)
+    refused("the sparse model's output at prefill of 1 token differs", sparse, *FEW)
 
 
 def test_a_dense_checkpoint_is_told_from_a_sparse_one(sparse, dense):
@@ -128,6 +130,8 @@ def test_another_model_is_no_measure(sparse, tmp_path):
     [
         (["--tokens", "0"], "tokens: got '0', expected positive whole numbers, such as 1,16,256"),
         (["--tokens", "1;2"], "tokens: got '1;2'"),
+        (["--batches", "0"], "batches: got '0', expected positive whole numbers"),
+        (["--out", "report.txt"], "cannot write report.txt: the report is JSON"),
         (["--repeats", "0"], "repeats: got 0, expected at least 1"),
         (["--dtype", "int8"], "dtype: got 'int8', expected auto, float32, float16 or bfloat16"),
         (["--device", "tpu"], "device 'tpu' cannot be used"),
@@ -153,6 +157,49 @@ def test_a_model_of_other_inputs_is_timed_layer_by_layer(tmp_path):
     ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "dense")
     command = ["prune", str(tmp_path / "dense"), "--out", str(tmp_path / "out"), "--block", "16"]
     assert CliRunner().invoke(app, command).exit_code == 0
-    report = json.loads(invoke(tmp_path / "out", *FEW, "--json").stdout)
+    report = json.loads(invoke(tmp_path / "out", *FEW, "--energy", "--json").stdout)
     assert report["end_to_end"] is None and sum(len(group["names"]) for group in report["layers"]) == 6
     assert report["notes"][-1] == "end to end is not timed: ViTModel takes no tokens"
+
+
+def test_batches_are_timed_and_written(sparse, tmp_path):
+    file = tmp_path / "new" / "bench.json"
+    result = invoke(sparse, *FEW, "--batches", "1,3", "--out", file)
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text())
+    assert report["batches"] == [1, 3]
+    works = {(row["what"], row["batch"], row["tokens"]) for row in report["end_to_end"]["times"]}
+    assert works == {(what, b, n) for what in ("prefill", "decode") for b in (1, 3) for n in (1, 8)}
+    # What a layer sees: a token of each sequence, or all of them.
+    assert [row["tokens"] for row in report["layers"][0]["times"]] == [1, 3, 8, 24]
+    assert f"written: {file}" in result.stdout and file.with_suffix(".png").stat().st_size > 5000
+    assert "decoding of 3 sequences after 8 tokens" in result.stdout
+    assert re.search(
+        r"limits, measured here: \S+ TFLOP/s of a dense product, \S+ GB/s of a copy", result.stdout
+    )
+    refused("exists: choose another name, or replace it with --force", sparse, *FEW, "--out", file)
+    assert invoke(sparse, *FEW, "--out", file, "--force", "--dry-run").exit_code == 0
+
+
+def test_a_dry_run_measures_nothing(sparse, tmp_path):
+    file = tmp_path / "bench.json"
+    result = invoke(sparse, *FEW, "--out", file, "--dry-run")
+    assert result.exit_code == 0 and not file.exists()
+    assert (
+        "14 block-sparse weights on cpu" in result.stdout and f"would be written to {file}" in result.stdout
+    )
+    facts = json.loads(invoke(sparse, *FEW, "--dry-run", "--json").stdout)
+    assert facts == {"layers": 14, "tokens": [1, 8], "batches": [1], "device": "cpu", "file": None}
+
+
+def test_pictures_are_counted_by_sample(tmp_path):
+    dense = checkpoints.vit(tmp_path / "dense")
+    command = ["prune", str(dense), "--out", str(tmp_path / "out"), "--block", "16"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    result = invoke(tmp_path / "out", "--repeats", "2", "--batches", "2", "--device", "cpu", "--json")
+    report = json.loads(result.stdout)
+    (row,) = report["end_to_end"]["times"]
+    assert (row["what"], row["batch"], row["tokens"], row["unit"]) == ("forward", 2, 17, "sample")
+    assert row["sparse_rate"] == pytest.approx(2e6 / row["sparse_us"])
+    assert {entry["tokens"] for group in report["layers"] for entry in group["times"]} == {34}
+    assert "forward of 2 samples" in report["verdict"]

@@ -14,6 +14,8 @@ from sparsify.bench import checkpoint as bench_checkpoint
 from sparsify.bench import layers as bench_layers
 from sparsify.bench import model as bench_model
 from sparsify.bench.checkpoint import bench, token_counts
+from sparsify.bench.limits import Limits, flops_of, weight_bytes
+from sparsify.bench.workloads import Workload, workloads
 from sparsify.checkpoint.densify import dense_skeleton
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.layers.linear import BlockSparseLinear
@@ -21,6 +23,7 @@ from sparsify.layers.swap import sparse_modules
 from tests.architectures.zoo import BY_NAME
 
 CPU = torch.device("cpu")
+LIMITS = Limits(flops=1e11, bytes=1e10)
 
 
 def sparse_model(name: str, sparsity: float = 0.5, scope: str = "layer"):
@@ -137,10 +140,12 @@ def test_every_kind_of_layer_is_timed_and_right(name):
     skeleton = dense_skeleton(model)
     seen = []
     for group in bench_layers.groups(model):
-        rows = bench_layers.measure_group(group, skeleton, [5, 1], 1, lambda: seen.append(1))
+        rows = bench_layers.measure_group(group, skeleton, [5, 1], 1, lambda: seen.append(1), LIMITS)
         assert [row["tokens"] for row in rows] == [1, 5]
         for row in rows:
             assert row["speedup"] == pytest.approx(row["dense_us"] / row["sparse_us"])
+            assert row["dense_share"] == pytest.approx(row["dense_limit_us"] / row["dense_us"])
+            assert 0.3 < row["sparse_limit_us"] / row["dense_limit_us"] < 0.9
             assert 0 <= row["error"] < 4e-5
             assert row["timing"] == "cpu"
     assert len(seen) == 2 * len(bench_layers.groups(model))
@@ -157,7 +162,7 @@ def test_the_dense_layer_is_random_and_of_the_models_own_kind(monkeypatch):
     monkeypatch.setattr(bench_layers, "race", race)
     group = bench_layers.groups(model)[0]
     before = group.module.weight.clone()
-    bench_layers.measure_group(group, dense_skeleton(model), [3], 1, lambda: None)
+    bench_layers.measure_group(group, dense_skeleton(model), [3], 1, lambda: None, LIMITS)
     layers = next(cell.cell_contents for cell in raced[0][0] if isinstance(cell.cell_contents, list))
     assert type(layers[0]).__name__ == "Conv1D" and not (layers[0].weight == 0).any()
     assert torch.equal(group.module.weight, before)
@@ -169,28 +174,178 @@ def test_the_twin_shares_all_that_is_not_packed_and_gives_the_same():
     twin = bench_model.dense_twin(model)
     assert not sparse_modules(twin) and len(sparse_modules(model)) == 14
     assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
-    assert max(bench_model.check(model, twin, [1, 9]).values()) < 1e-4
+    works = [Workload("prefill", 1, 9), Workload("prefill", 2, 4), Workload("decode", 2, 5)]
+    assert max(bench_model.check(model, twin, works)) < 1e-4
     names = {name: list(module.packed) for name, module in sparse_modules(model).items()}
     bench_model.fill_zeros(twin, names)
     assert not any((twin.get_submodule(name).weight == 0).any() for name in names)
     assert twin.model.layers[0].mlp.up_proj.weight.std() < 1
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    with pytest.raises(SparsifyError, match="nothing is reported"):
-        bench_model.check(model, twin, [9])
+    for work in works:
+        with pytest.raises(SparsifyError, match=f"output at {work} differs .* nothing is reported"):
+            bench_model.check(model, twin, [work])
 
 
-def test_a_model_says_which_token_counts_it_takes():
-    assert bench_model.usable_counts(BY_NAME["llama"].build(), [4, 128, 129]) == (
-        [4, 128],
-        ["end to end is not timed at 129 tokens: the model takes 128"],
-    )
-    usable, why = bench_model.usable_counts(BY_NAME["vit"].build(), [4])
-    assert usable == [] and "ViTForImageClassification takes no tokens" in why[0]
+def test_a_model_says_which_workloads_it_takes():
+    llama = BY_NAME["llama"].build()
+    found, notes = workloads(llama, "causal-lm", [128, 4, 129], [2, 1])
+    assert found == [
+        *(Workload("prefill", batch, tokens) for batch in (1, 2) for tokens in (4, 128)),
+        *(Workload("decode", batch, 4) for batch in (1, 2)),  # at 128 there is no room for one more
+    ]
+    assert notes == ["end to end is not timed at 129 tokens: the model takes 128"]
+    assert workloads(BY_NAME["bert"].build(), "masked-lm", [4])[0] == [Workload("forward", 1, 4)]
+    vit = BY_NAME["vit"].build()
+    found, notes = workloads(vit, None, [4])
+    assert found == [] and "ViTForImageClassification takes no tokens" in notes[0]
+    sample = {"pixel_values": torch.zeros(1, 3, vit.config.image_size, vit.config.image_size)}
+    patches = (vit.config.image_size // vit.config.patch_size) ** 2
+    found, notes = workloads(vit, None, [4], [3], sample)
+    assert (found, notes) == ([Workload("forward", 3, patches + 1, "sample")], [])
+    task = found[0].on(vit)
+    assert task.output().shape == (3, vit.config.num_labels) and task.units == 3
+    llama._can_compile_fullgraph = False
+    assert workloads(llama, "causal-lm", [4])[1] == [
+        "decoding is not timed: LlamaForCausalLM takes no cache of fixed size"
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_decoding_step_goes_on_where_the_prompt_ends_however_often_it_is_called(name, monkeypatch):
+    from sparsify import measure
+    from sparsify.bench import workloads as bench_workloads
+
+    monkeypatch.setattr(bench_workloads, "_steps", lambda device: 3)
+    model = BY_NAME[name].build().eval()
+    task = Workload("decode", 2, 6).on(model)
+    ids = measure.token_inputs(model, 6, 2)["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
+    assert (task.passes, task.units) == (3, 6)
+    for _ in range(3):
+        torch.testing.assert_close(task.output(), whole, atol=1e-4, rtol=1e-4)
+        task.call()
+    heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    width = model.config.hidden_size // model.config.num_attention_heads
+    cached = 2 * model.config.num_hidden_layers * 2 * heads * width * 9 * 4
+    assert cached <= task.state_bytes <= cached + 64 * model.config.num_hidden_layers
+
+
+def test_a_prefill_ends_with_one_token_and_is_checked_at_many(monkeypatch):
+    from sparsify.bench import workloads as bench_workloads
+
+    model = BY_NAME["llama"].build().eval()
+    task = Workload("prefill", 2, 9).on(model)
+    assert task.call().shape == (2, 1, model.config.vocab_size)  # pyright: ignore
+    assert task.output().shape == (2, 9, model.config.vocab_size)
+    monkeypatch.setattr(bench_workloads, "MOST_LOGITS", 2 * 4 * model.config.vocab_size)
+    few = Workload("prefill", 2, 9).on(model).output()
+    torch.testing.assert_close(few, task.output()[:, [0, 3, 5, 8]])
+
+
+def test_the_limit_is_the_longer_of_arithmetic_and_bytes():
+    assert Limits(flops=100.0, bytes=10.0).seconds(50, 20) == 2.0
+    assert Limits(flops=100.0, bytes=10.0).seconds(500, 20) == 5.0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen3-moe"])
+def test_arithmetic_of_stored_blocks_alone_is_counted(name):
+    dense = BY_NAME[name].build().eval()
+    model = sparse_model(name, 0.75).eval()
+    ids = torch.randint(dense.config.vocab_size, (2, 8))
+    counts = [flops_of(lambda m=m: m(input_ids=ids)) for m in (dense, model)]
+    removed = 0.0
+    for module in sparse_modules(model).values():
+        for packed in module.packed.values():
+            share = 1.0
+            if packed.count > 1:
+                share = dense.config.num_experts_per_tok / packed.count
+            stored = module.get_parameter(packed.name).numel()
+            removed += 2 * 16 * share * (packed.count * packed.shape[0] * packed.shape[1] - stored)
+    # Edge blocks are multiplied whole, and experts get different numbers of tokens.
+    assert counts[0] - counts[1] == pytest.approx(removed, rel=0.15)
+    assert counts[0] > 2 * 16 * sum(
+        p.numel() for n, p in dense.named_parameters() if p.dim() == 2 and "embed" not in n and "wte" not in n
+        and "wpe" not in n
+    )  # fmt: skip
+
+
+def test_embeddings_are_read_by_row_and_experts_as_far_as_they_are_chosen():
+    linear, table = nn.Linear(10, 20, bias=False), nn.Embedding(1000, 10)
+    assert weight_bytes(nn.Sequential(table, linear), 3) == 4 * (3 * 10 + 200)
+    tied = nn.Linear(10, 1000, bias=False)
+    tied.weight = table.weight
+    assert weight_bytes(nn.Sequential(table, tied), 3) == 4 * 10_000
+    model = BY_NAME["mixtral"].build()
+    experts = model.model.layers[0].mlp.experts
+    size, count = experts.gate_up_proj.nbytes + experts.down_proj.nbytes, len(experts.down_proj)
+    assert weight_bytes(experts, 1, 2) == pytest.approx(size * 2 / count)
+    assert weight_bytes(experts, 100, 2) == size
+    experts.config = SimpleNamespace()
+    assert weight_bytes(experts, 1) == size  # nobody says how many are chosen
+
+
+def test_energy_stands_beside_the_time(monkeypatch):
+    from sparsify.bench.energy import Energy
+
+    model = sparse_model("llama")
+    twin = bench_model.dense_twin(model)
+    left = [8.0, 2.0]
+
+    def gauge(call, wait):
+        call()
+        wait()
+        assert not torch.is_grad_enabled()
+        return Energy(left.pop(0), 9.0, 300.0, 80.0, 4.0, 100, 60)
+
+    works = [Workload("prefill", 2, 4)]
+    rows = bench_model.measure_models(model, twin, works, [0.0], LIMITS, 2, lambda: None, gauge)
+    assert rows[0]["energy"]["dense"]["joules_per_unit"] == 1.0
+    assert rows[0]["energy"]["sparse"]["joules_per_unit"] == 0.25
+    header, cells = verdict.energy_table(rows)
+    assert dict(zip(header, cells[0], strict=True)) == {
+        "energy above idle": "prefill of 2 x 4 tokens", "unit": "token", "dense mJ": "1000", "sparse mJ": "250",
+        "saved": "75%", "dense W": "300", "sparse W": "300", "seconds": "4.0", "updates": "60",
+    }  # fmt: skip
+    rows = bench_model.measure_models(model, twin, works, [0.0], LIMITS, 2, lambda: None, lambda *_: None)
+    assert rows[0]["energy"] is None and verdict.energy_table(rows)[1] == []
+    assert rows[0]["sparse_rate"] == pytest.approx(8 / (rows[0]["sparse_us"] / 1e6))
+    assert rows[0]["sparse_peak_bytes"] < rows[0]["dense_peak_bytes"]
+
+
+def test_a_counter_that_fails_leaves_a_note_and_no_number(tmp_path, monkeypatch):
+    from sparsify.bench import energy
+
+    sparsify.save(sparse_model("llama"), tmp_path / "sparse")
+    options = {"tokens": [2], "repeats": 1, "device": "cpu", "energy": True}
+
+    def nothing(device):
+        raise energy.NoCounter("there is none")
+
+    monkeypatch.setattr(energy, "open_meter", nothing)
+    report = bench(tmp_path / "sparse", **options)
+    assert report["energy"] is None and report["notes"][-1] == "energy is not measured: there is none"
+    assert all(row["energy"] is None for row in report["end_to_end"]["times"])
+
+    def stops(*arguments):
+        raise energy.NoCounter("it stopped")
+
+    monkeypatch.setattr(energy, "open_meter", lambda device: SimpleNamespace(name="fake"))
+    monkeypatch.setattr(energy, "idle_power", lambda meter: energy.Idle(80.0, 0.1))
+    monkeypatch.setattr(energy, "energy_of", stops)
+    report = bench(tmp_path / "sparse", **options)
+    assert report["energy"] == {"meter": "fake", "idle_watts": 80.0}
+    assert [note for note in report["notes"] if "energy" in note] == [
+        "energy is not measured everywhere: it stopped"
+    ]
+    assert all(row["energy"] is None for row in report["end_to_end"]["times"])
 
 
 def row(tokens: int, speedup: float, how: str = "cpu"):
-    return {"tokens": tokens, "speedup": speedup, "timing": how, "dense_us": speedup * 10, "sparse_us": 10.0}
+    times = {"speedup": speedup, "timing": how, "dense_us": speedup * 10, "sparse_us": 10.0}
+    shares = {"dense_share": 0.8, "sparse_share": 0.4}
+    return {"what": "prefill", "batch": 1, "tokens": tokens, "unit": "token"} | times | shares
 
 
 def test_the_closing_sentence_counts_layers_not_groups():
@@ -201,11 +356,12 @@ def test_the_closing_sentence_counts_layers_not_groups():
     assert verdict.closing(groups, {"times": [row(1, 0.7), row(256, 2.0)]}) == (
         "At 1 token 14 of 14 layers are slower sparse than dense; "
         "at 256 tokens 12 of 14 layers are faster sparse than dense, 2 are as fast as dense; "
-        "the whole model has 0.70x at 1 token and 2.00x at 256 tokens the speed of the dense one."
+        "the whole model has 0.70x in prefill of 1 token and 2.00x in prefill of 256 tokens the speed of the dense one."
     )
     assert "14 layers lose" in (verdict.advice(groups) or "")
     both = {"times": [row(1, 1.5, "graph"), row(1, 0.9, "eager")]}
-    assert "1.50x at 1 token (CUDA graph) and 0.90x at 1 token (eager)" in verdict.closing([], both)
+    said = "1.50x in prefill of 1 token (CUDA graph) and 0.90x in prefill of 1 token (eager)"
+    assert said in verdict.closing([], both)
     assert verdict.advice([{"names": ["a"], "times": [row(1, 1.5)]}]) is None
 
 
@@ -213,7 +369,10 @@ def test_losing_rows_are_marked():
     common = {"name": "a", "names": ["a"], "shapes": [[8, 16]], "block": "8x8", "density": 0.5, "bytes": 1}
     group = common | {"bytes_dense": 2, "times": [row(1, 0.5), row(16, 2.0)], "skipped": None}
     header, rows = verdict.layer_table([group])
-    assert [cells[-2:] for cells in rows] == [["0.50x", "slower than dense"], ["2.00x", ""]]
+    assert [cells[-4:] for cells in rows] == [
+        ["0.50x", "80%", "40%", "slower than dense"],
+        ["2.00x", "80%", "40%", ""],
+    ]
     assert all(len(cells) == len(header) for cells in rows)
     skipped = verdict.layer_table([group | {"times": [], "skipped": "not timed: x"}])[1]
     assert [len(skipped[0]), skipped[0][-1]] == [len(header), "not timed: x"]
@@ -277,4 +436,4 @@ def test_a_gpu_bench_is_right_and_says_how_it_timed(name, ways, tmp_path):
     assert report["gpu"] == torch.cuda.get_device_name()
     linear = [row for group in report["layers"] if group["kind"] == "linear" for row in group["times"]]
     assert {row["timing"] for row in linear} == {"graph"}
-    assert [row["timing"] for row in report["end_to_end"]["times"]] == ways * 2
+    assert [row["timing"] for row in report["end_to_end"]["times"]] == ways * 4  # prefill and decoding

@@ -1,0 +1,226 @@
+"""What a whole model is asked to do: a forward pass, the prefill of a language model, steps of its decoding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import measure
+from sparsify.errors import ConfigError
+
+FORWARD, PREFILL, DECODE = "forward", "prefill", "decode"
+# Decoding steps of one timed call on a GPU: what starting the call costs is shared by them.
+STEPS = 8
+# Logits of so many elements at most are compared; of longer outputs those of some tokens, evenly spread.
+MOST_LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to do with a model.
+
+    Attributes:
+        what: `forward`, `prefill` (up to the last token's logits) or `decode` (a token more, with its cache).
+        batch: Sequences or other samples at once.
+        tokens: Of each of them; when decoding, those in the cache already.
+        unit: What throughput is counted in, `token` or `sample`.
+        sample: Inputs of one sample of a model that does not read tokens, else empty.
+    """
+
+    what: str
+    batch: int
+    tokens: int
+    unit: str = "token"
+    sample: dict[str, Tensor] = field(default_factory=dict, compare=False)
+
+    @property
+    def rows(self) -> int:
+        """Tokens that a linear layer sees at once."""
+        return self.batch * (1 if self.what == DECODE else self.tokens)
+
+    def __str__(self) -> str:
+        if self.unit == "sample":
+            return f"{self.what} of {self.batch} {'sample' if self.batch == 1 else 'samples'}"
+        if self.what == DECODE:
+            sequences = "" if self.batch == 1 else f" of {self.batch} sequences"
+            return f"decoding{sequences} after {tokens_said(self.tokens)}"
+        return f"{self.what} of {tokens_said(self.tokens, self.batch)}"
+
+    def on(self, model: nn.Module) -> Task:
+        """Makes it ready to be run, with random inputs: the same for every model of an architecture."""
+        if self.what == DECODE:
+            return _decoding(self, model)
+        if self.unit == "sample":
+            inputs = measure.like_inputs(model, self.sample, self.batch)
+        else:
+            inputs = measure.token_inputs(model, self.tokens, self.batch)
+            # All ones: without it no model waits for the GPU to find that out.
+            del inputs["attention_mask"]
+        short, long = _kept_logits(self, model)
+        return Task(
+            call=partial(_forward, model, inputs | short),
+            output=partial(_forward, model, inputs | long),
+            units=self.batch * (self.tokens if self.unit == "token" else 1),
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A workload on a model; runs without gradients.
+
+    Attributes:
+        call: What is timed.
+        output: Its result, to be checked: `(..., D)` floating point.
+        units: Tokens or samples of one call.
+        passes: Forward passes of one call.
+        state: Tensors that last from call to call: keys and values.
+    """
+
+    call: Callable[[], object]
+    output: Callable[[], Tensor]
+    units: int
+    passes: int = 1
+    state: Sequence[Tensor] = ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of `state`."""
+        return sum(tensor.nbytes for tensor in self.state)
+
+
+def workloads(
+    model: nn.Module,
+    task: str | None,
+    tokens: Sequence[int],
+    batches: Sequence[int] = (1,),
+    sample: dict[str, Tensor] | None = None,
+) -> tuple[list[Workload], list[str]]:
+    """What can be measured of a model end to end, and in words what cannot.
+
+    Args:
+        model: A transformers model.
+        task: A recipe's task, not `auto`, or `None`.
+        tokens: Tokens of each sequence.
+        batches: Sequences or samples at once.
+        sample: Inputs of one sample, for a model that does not read tokens.
+    """
+    config: Any = getattr(model, "config", None)
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        if sample is None:
+            return [], [f"end to end is not timed: {type(model).__name__} takes no tokens"]
+        positions = measure.positions(model, measure.like_inputs(model, sample, 1))
+        return [Workload(FORWARD, batch, positions, "sample", sample) for batch in sorted(set(batches))], []
+    limit = getattr(config, "max_position_embeddings", None) or None
+    counts, notes = sorted(set(tokens)), []
+    usable = [count for count in counts if limit is None or count <= limit]
+    notes += [
+        f"end to end is not timed at {tokens_said(count)}: the model takes {limit}"
+        for count in counts
+        if count not in usable
+    ]
+    language = task == "causal-lm"
+    first = PREFILL if language else FORWARD
+    found = [Workload(first, batch, count) for batch in sorted(set(batches)) for count in usable]
+    if not language:
+        return found, notes
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return found, [*notes, f"decoding is not timed: {type(model).__name__} takes no cache of fixed size"]
+    steps = _steps(next(model.parameters()).device)
+    for batch in sorted(set(batches)):
+        found += [Workload(DECODE, batch, n) for n in usable if limit is None or n + steps <= limit]
+    return found, notes
+
+
+def tokens_said(count: int, batch: int = 1) -> str:
+    """A number of tokens in words."""
+    if batch > 1:
+        return f"{batch} x {count} tokens"
+    return f"{count} token" if count == 1 else f"{count} tokens"
+
+
+def _steps(device: torch.device) -> int:
+    return STEPS if device.type == "cuda" else 1
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The first floating-point tensor of a model's output: logits, or the last hidden state."""
+    output = model(**inputs)
+    return next(part for part in output.to_tuple() if isinstance(part, Tensor) and part.is_floating_point())
+
+
+def _kept_logits(work: Workload, model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that ask for the last token's logits alone, and for as many as can be compared."""
+    if work.what != PREFILL or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}, {}
+    vocabulary: Any = model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue]
+    most = max(1, MOST_LOGITS // (work.batch * vocabulary))
+    if most >= work.tokens:
+        return {"logits_to_keep": 1}, {}
+    device = next(model.parameters()).device
+    places = torch.linspace(0, work.tokens - 1, most, device=device).round().long().unique()
+    return {"logits_to_keep": 1}, {"logits_to_keep": places}
+
+
+@torch.no_grad()
+def _decoding(work: Workload, model: Any) -> Task:
+    """Steps of decoding, each with one more token in the cache; every call begins where the last one began."""
+    from transformers import StaticCache
+
+    ids = measure.token_inputs(model, work.tokens, work.batch)["input_ids"]
+    steps = _steps(ids.device)
+    cache = StaticCache(config=model.config, max_cache_len=work.tokens + steps)
+    filling: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        filling["logits_to_keep"] = 1
+    _forward(model, filling)
+    inputs = {"input_ids": ids[:, :1].clone(), "past_key_values": cache, "use_cache": True}
+    rewind = _rewinder(cache)
+
+    def run(count: int) -> Tensor:
+        rewind()
+        for _ in range(count - 1):
+            _forward(model, inputs)
+        return _forward(model, inputs)
+
+    state = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
+    return Task(partial(run, steps), partial(run, 1), work.batch * steps, steps, state)
+
+
+def _rewinder(cache: Any) -> Callable[[], None]:
+    """Puts a cache of fixed size back to where it is now: it counts its tokens in tensors and in numbers."""
+    tensors: list[tuple[Tensor, int]] = []
+    numbers: list[tuple[Any, str, int]] = []
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if "cumulative_length" in name:
+                if isinstance(value, Tensor):
+                    tensors.append((value, int(value)))
+                else:
+                    numbers.append((layer, name, value))
+
+    def rewind() -> None:
+        for counter, value in tensors:
+            counter.fill_(value)
+        for layer, name, value in numbers:
+            setattr(layer, name, value)
+
+    return rewind
+
+
+def positive(name: str, counts: Sequence[int] | str) -> list[int]:
+    """Counts from text such as `1,16` or from numbers, sorted.
+
+    Raises:
+        ConfigError: If they are not positive whole numbers.
+    """
+    parts = [part.strip() for part in counts.split(",")] if isinstance(counts, str) else list(counts)
+    if not parts or not all(str(part).isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{name}: got {counts!r}, expected positive whole numbers, such as 1,16,256")
+    return sorted({int(part) for part in parts})
