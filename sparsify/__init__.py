@@ -44,6 +44,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "BlockMask": "sparsify.blocks",
     "BlockShape": "sparsify.blocks",
+    "BlockSparseConv1d": "sparsify.layers.convolution",
+    "BlockSparseConv2d": "sparsify.layers.convolution",
     "BlockSparseLinear": "sparsify.layers.linear",
     "BlockSparseExperts": "sparsify.layers.experts",
     "Pruner": "sparsify.pruner",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from sparsify.api import apply, densify, load, prune, run, save, score
     from sparsify.blocks import BlockMask, BlockShape
     from sparsify.errors import SparsifyError
+    from sparsify.layers.convolution import BlockSparseConv1d, BlockSparseConv2d
     from sparsify.layers.experts import BlockSparseExperts
     from sparsify.layers.fusion import fuse, unfuse
     from sparsify.layers.linear import BlockSparseLinear

@@ -22,9 +22,14 @@ MIN_SIDE, MAX_SIDE = 8, 256
 class BlockShape:
     """Size of one block as `(rows, cols)` = `(bo, bi)`, in output and input features.
 
+    A block of a convolution whose kernel positions share their mask spans all of them: as a block of the matrix
+    `(out_channels, in_channels * positions)` it has `cols = bi * positions`.
+
     Attributes:
         rows: Output features a block covers, `bo`; a power of two from 8 to 256.
-        cols: Input features a block covers, `bi`; a power of two from 8 to 256.
+        cols: Columns of the matrix that a block covers: input features `bi`, a power of two from 8 to 256, times
+            `positions`.
+        positions: Kernel positions a block spans; 1 for all but convolutions.
 
     Raises:
         BlockShapeError: If a side is not a power of two from 8 to 256.
@@ -32,13 +37,15 @@ class BlockShape:
 
     rows: int
     cols: int
+    positions: int = 1
 
     def __post_init__(self) -> None:
-        for side in (self.rows, self.cols):
+        channels, rest = divmod(self.cols, self.positions) if self.positions > 1 else (self.cols, 0)
+        for side in (self.rows, channels):
             is_int = isinstance(side, int) and not isinstance(side, bool)
-            if not is_int or side < MIN_SIDE or side > MAX_SIDE or side & (side - 1):
+            if rest or not is_int or side < MIN_SIDE or side > MAX_SIDE or side & (side - 1):
                 raise BlockShapeError(
-                    f"block shape {self.rows}x{self.cols} is not supported: "
+                    f"block shape {self} is not supported: "
                     f"each side must be a power of two from {MIN_SIDE} to {MAX_SIDE}, such as 64x64 or 128x16"
                 )
 
@@ -67,7 +74,16 @@ class BlockShape:
         return cls(*sides)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.cols}"
+        return f"{self.rows}x{self.channels}"
+
+    @property
+    def channels(self) -> int:
+        """Input features a block covers, `bi`: `cols` without the kernel positions."""
+        return self.cols // self.positions if self.positions > 1 else self.cols
+
+    def over(self, positions: int) -> BlockShape:
+        """The same block over so many kernel positions."""
+        return BlockShape(self.rows, self.channels * positions, positions)
 
     @property
     def numel(self) -> int:

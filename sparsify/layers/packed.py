@@ -62,7 +62,7 @@ class PackedModule(nn.Module):
         derived_names = (f"_{packed.prefix}{field}" for field in _DERIVED[1:])
         col_name = f"{packed.prefix}col_indices"
         self._index_names[packed.name] = (f"_{packed.prefix}crow", col_name, *derived_names)
-        rows, cols = packed.grid
+        rows, _ = packed.grid
         device = getattr(self, packed.name).device
         if masks is None:
             crow = torch.zeros(packed.count * rows + 1, dtype=torch.int32, device=device)
@@ -74,7 +74,7 @@ class PackedModule(nn.Module):
         sizes = {
             "crow": packed.count * (rows + 1),
             "row": packed.blocks,
-            "t_crow": packed.count * (cols + 1),
+            "t_crow": packed.count * (self._lists(packed) + 1),
             "t_row": packed.blocks,
             "t_block": packed.blocks,
         }
@@ -104,12 +104,20 @@ class PackedModule(nn.Module):
         validate_indices(crow, col, (packed.count * rows, cols), packed.blocks, name)
         starts = crow[:: max(rows, 1)].tolist()
         parts = [
-            topology(crow[i * rows : (i + 1) * rows + 1] - start, col[start:end], cols)
+            self._derive(packed, crow[i * rows : (i + 1) * rows + 1] - start, col[start:end])
             for i, (start, end) in enumerate(pairwise(starts))
         ]
         for field in _DERIVED:
             setattr(self, f"_{packed.prefix}{field}", torch.cat([getattr(part, field) for part in parts]))
         self._starts[packed.name] = starts
+
+    def _lists(self, packed: PackedWeight) -> int:
+        """Lists of blocks in the transposed order of one matrix."""
+        return packed.grid[1]
+
+    def _derive(self, packed: PackedWeight, crow: Tensor, col: Tensor) -> Topology:
+        """Everything that follows from the indices of one matrix."""
+        return topology(crow, col, packed.grid[1])
 
     def topology(self, name: str, index: int = 0) -> Topology:
         """Index vectors of matrix `index` of the packed weight `name`."""
@@ -140,6 +148,15 @@ class PackedModule(nn.Module):
         """Which blocks of matrix `index` of the packed weight `name` are stored, on the module's device."""
         packed, topo = self.packed[name], self.topology(name, index)
         return BlockMask.from_csr(topo.crow, topo.col, packed.shape, packed.block)
+
+    def named_masks(self, module_name: str) -> dict[str, BlockMask]:
+        """The mask of each weight matrix by the name that its dense `PrunableLayer` has."""
+        masks = {}
+        for packed in self.packed.values():
+            for index in range(packed.count):
+                name = module_name if packed.name == "weight" else f"{module_name}.{packed.name}.{index}"
+                masks[name] = self.mask_of(packed.name, index)
+        return masks
 
     def dense_of(self, name: str, index: int = 0) -> Tensor:
         """Matrix `index` of the packed weight `name` as `(N, K)` with zeros; a detached copy."""

@@ -1,0 +1,75 @@
+"""The convolutions, in the torch reference and in the Triton kernels (interpreter), against dense float64."""
+
+import os
+
+import pytest
+import torch
+
+from sparsify.kernels import conv_reference
+from tests.kernels.conv_oracle import CASES, Case, check_products, dense_conv, make
+from tests.kernels.oracle import DTYPES
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="with a GPU the compiled kernels are tested")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference(case, dtype):
+    check_products(case, dtype, conv_reference)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_kernels_in_the_interpreter(case, dtype):
+    from sparsify.kernels import triton_conv
+
+    check_products(case, dtype, triton_conv)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[8]], ids=str)
+def test_tiles_that_no_size_divides(case):
+    from sparsify.kernels import triton_conv
+
+    check_products(case, torch.float32, triton_conv, tile=16, step=16)
+
+
+@interpreted
+def test_the_weights_gradient_is_the_same_in_parts():
+    from sparsify.kernels import triton_conv
+
+    o = make(Case((16, 15), (16, 32)), torch.float32)
+    arguments = o.dy, o.x, o.topo, o.geometry, 16, 16
+    whole = triton_conv.conv_dw(*arguments, parts=1)
+    torch.testing.assert_close(triton_conv.conv_dw(*arguments, parts=5, step=32), whole)
+
+
+@interpreted
+def test_triton_reads_strided_activations():
+    from sparsify.kernels import triton_conv
+
+    o = make(CASES[2], torch.float32)
+    x, dy = (t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for t in (o.x, o.dy))
+    assert not x.is_contiguous() and not dy.is_contiguous()
+    y = triton_conv.conv(x, o.values, o.bias, o.topo, o.geometry)
+    torch.testing.assert_close(y, dense_conv(o, o.x, o.weight, o.bias))
+    for kernel, operand, more in (
+        (triton_conv.conv_dx, dy, (o.values, o.topo, o.geometry, *CASES[2].size)),
+        (triton_conv.conv_dw, dy, (x, o.topo, o.geometry, 8, 8)),
+    ):
+        contiguous = tuple(t.contiguous() if t is x else t for t in more)
+        torch.testing.assert_close(kernel(operand, *more), kernel(operand.contiguous(), *contiguous))
+
+
+@pytest.mark.parametrize("kernels", ["conv_reference", pytest.param("triton_conv", marks=interpreted)])
+def test_an_empty_batch(kernels):
+    from importlib import import_module
+
+    module = import_module(f"sparsify.kernels.{kernels}")
+    o = make(CASES[0], torch.float32)
+    x, dy = o.x[:0], o.dy[:0]
+    assert module.conv(x, o.values, o.bias, o.topo, o.geometry).shape == dy.shape
+    assert module.conv_dx(dy, o.values, o.topo, o.geometry, 7, 9).shape == x.shape
+    assert not module.conv_dw(dy, x, o.topo, o.geometry, 16, 16).any()
