@@ -238,7 +238,7 @@ def _no_backward(ctx: Any, *grads: Tensor) -> Any:
     )
 
 
-def _autocast(name: str, device_type: str) -> Any:
+def autocasting(name: str, device_type: str) -> Any:
     """Casts the floating operands to autocast's dtype, as `F.linear` does."""
 
     def run(*args: Any) -> Tensor:
@@ -261,4 +261,4 @@ for _name, _forward, _fake, _save, _backward in (
     torch.library.register_fake(f"sparsify::{_name}", _fake, lib=_lib)
     torch.library.register_autograd(f"sparsify::{_name}", _backward, setup_context=_save, lib=_lib)
     for _key, _device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        _lib.impl(_name, _autocast(_name, _device), _key)
+        _lib.impl(_name, autocasting(_name, _device), _key)

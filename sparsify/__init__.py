@@ -46,6 +46,8 @@ _EXPORTS = {
     "BlockShape": "sparsify.blocks",
     "BlockSparseConv1d": "sparsify.layers.convolution",
     "BlockSparseConv2d": "sparsify.layers.convolution",
+    "BlockSparseGRU": "sparsify.layers.recurrent",
+    "BlockSparseLSTM": "sparsify.layers.recurrent",
     "BlockSparseLinear": "sparsify.layers.linear",
     "BlockSparseExperts": "sparsify.layers.experts",
     "Pruner": "sparsify.pruner",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from sparsify.layers.experts import BlockSparseExperts
     from sparsify.layers.fusion import fuse, unfuse
     from sparsify.layers.linear import BlockSparseLinear
+    from sparsify.layers.recurrent import BlockSparseGRU, BlockSparseLSTM
     from sparsify.layers.swap import masks_of
     from sparsify.permutation import permute
     from sparsify.pruner import Pruner

@@ -14,6 +14,8 @@ from sparsify.layers.packed import PackedModule, PackedWeight
 
 QUANT_METHOD = "block_sparse"
 FORMAT_VERSION = 1
+# Kinds whose weights are matrices of their own, each packed or dense.
+RECURRENT = ("lstm", "gru", "lstm_cell", "gru_cell")
 RECIPE_FILE = "sparsify_recipe.yaml"
 REPORT_FILE = "sparsify_report.json"
 REPORT_PAGE = "sparsify_report.html"
@@ -60,12 +62,14 @@ def packed_weights(layer: str, entry: object) -> list[PackedWeight]:
     kind = entry.get("kind")
     if kind in ("linear", "conv1d"):
         return [_packed_weight(layer, "weight", entry, 2)]
-    if kind == "experts":
+    if kind == "experts" or kind in RECURRENT:
         weights = entry.get("weights")
         if not isinstance(weights, Mapping) or not weights:
-            raise _bad(layer, "kind experts needs `weights`, a mapping of parameter names")
-        return [_packed_weight(layer, str(name), weight, 3) for name, weight in weights.items()]
-    raise _bad(layer, f"unknown kind {kind!r}, this version knows linear, conv1d and experts")
+            raise _bad(layer, f"kind {kind} needs `weights`, a mapping of parameter names")
+        rank = 3 if kind == "experts" else 2
+        return [_packed_weight(layer, str(name), weight, rank) for name, weight in weights.items()]
+    known = ", ".join(("linear", "conv1d", "experts", *RECURRENT))
+    raise _bad(layer, f"unknown kind {kind!r}, this version knows {known}")
 
 
 def packed_names(module: PackedModule) -> list[str]:
@@ -91,7 +95,8 @@ def _packed_weight(layer: str, name: str, entry: object, rank: int) -> PackedWei
         raise _bad(
             layer, f"{name}: `blocks` must be an integer from 0 to {count * rows * cols}, got {blocks!r}"
         )
-    return PackedWeight(name, "" if rank == 2 else f"{name}_", count, (shape[-2], shape[-1]), block, blocks)
+    prefix = "" if name == "weight" else f"{name}_"
+    return PackedWeight(name, prefix, count, (shape[-2], shape[-1]), block, blocks)
 
 
 def _integers(layer: str, entry: Mapping[str, Any], key: str, length: int) -> tuple[int, ...]:

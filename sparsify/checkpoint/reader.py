@@ -41,8 +41,8 @@ class LayerInfo:
     """One block-sparse weight of a checkpoint.
 
     Attributes:
-        name: Module name; for fused experts followed by the parameter's name.
-        kind: `linear`, `conv1d` or `experts`.
+        name: Module name; for fused experts and recurrent layers followed by the parameter's name.
+        kind: `linear`, `conv1d`, `experts`, or a recurrent layer's, such as `lstm`.
         shape: Logical shape, `(N, K)` or `(E, N, K)`.
         block: Block shape.
         blocks: Stored blocks `Z`.
@@ -138,7 +138,8 @@ def read_masks(path: str | Path) -> dict[str, BlockMask]:
     for name, kind, packed, lookup in _packed_layers(folder, read_config(folder), stored):
         _, crow, col = _tensors(name, packed, lookup)
         for index, mask in enumerate(_masks(name, packed, _read_indices(crow), _read_indices(col))):
-            masks[name if kind != "experts" else f"{name}.{packed.name}.{index}"] = mask
+            matrix = name if packed.name == "weight" else f"{name}.{packed.name}"
+            masks[f"{matrix}.{index}" if kind == "experts" else matrix] = mask
     return masks
 
 
@@ -339,7 +340,7 @@ def _layer_info(name: str, kind: str, packed: PackedWeight, stored: Mapping[str,
     shape = packed.shape if kind != "experts" else (packed.count, *packed.shape)
     elements = packed.count * packed.shape[0] * packed.shape[1]
     return LayerInfo(
-        name=name if kind != "experts" else f"{name}.{packed.name}",
+        name=name if packed.name == "weight" else f"{name}.{packed.name}",
         kind=kind,
         shape=shape,
         block=packed.block,
