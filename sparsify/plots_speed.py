@@ -145,7 +145,7 @@ def tradeoff(
         axes.grid(linewidth=0.3)
         _speed_axis(axes)
         if log:
-            axes.set_yscale("log")
+            _plain_logarithmic(axes)
     grid[0].set_ylabel(quality)
     handles: list[Any] = [grid[0].plot([], [], "o", color=colors[block], label=block)[0] for block in blocks]
     handles += [grid[0].plot([], [], signs[s], color="0.4", label=f"{s:.0%} removed")[0] for s in sparsities]
@@ -153,6 +153,16 @@ def tradeoff(
     handles += [grid[0].plot([], [], color="0.6", label="front")[0]]
     picture.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return save_figure(picture, path)
+
+
+def _plain_logarithmic(axes: Axes) -> None:
+    """A logarithmic vertical axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _speed_axis(axes: Axes) -> None:

@@ -16,7 +16,7 @@ from sparsify.bench import layers as bench_layers
 from sparsify.bench import model as bench_model
 from sparsify.bench import verdict
 from sparsify.bench.limits import Limits, machine_limits
-from sparsify.bench.workloads import Workload, positive, workloads
+from sparsify.bench.workloads import Workload, positive, sample_inputs, workloads
 from sparsify.checkpoint import reader
 from sparsify.checkpoint.densify import dense_skeleton
 from sparsify.errors import CheckpointError, ConfigError
@@ -24,7 +24,6 @@ from sparsify.layers.experts import BlockSparseExperts
 from sparsify.layers.swap import sparse_modules
 from sparsify.plan import resolve_device, resolve_task
 from sparsify.progress import Progress
-from sparsify.training.samples import MEDIA_TASKS, media_example
 
 GPU_TOKENS, CPU_TOKENS = (1, 16, 256, 2048), (1, 16, 128)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -125,9 +124,8 @@ def bench(
     notes = busy(wanted.device)
     limits = machine_limits(wanted.device, model.dtype)
     task = resolve_task("auto", str(path), type(model).__name__)
-    works, left_out = workloads(
-        model, task, wanted.tokens, wanted.batches, _sample(path, task, trust_remote_code)
-    )
+    sample = sample_inputs(reader.load_processor(path, trust_remote_code), task)
+    works, left_out = workloads(model, task, wanted.tokens, wanted.batches, sample)
     rows = {work.rows for work in works}
     if tokens is not None or not any(work.unit == "sample" for work in works):
         rows |= {batch * count for batch in wanted.batches for count in wanted.tokens}
@@ -215,16 +213,6 @@ def _lack(wanted: Plan, model: Any) -> str | None:
     if free is None or free >= needed:
         return None
     return f"the dense model needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
-
-
-def _sample(path: str | Path, task: str | None, trust_remote_code: bool) -> dict[str, Any] | None:
-    """Inputs of one picture or recording, if the checkpoint says how to make them."""
-    if task not in MEDIA_TASKS:
-        return None
-    try:
-        return media_example(reader.load_processor(path, trust_remote_code), task)
-    except ConfigError:
-        return None
 
 
 def _gauge(

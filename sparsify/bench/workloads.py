@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsify import measure
 from sparsify.errors import ConfigError
+from sparsify.training.samples import MEDIA_TASKS, media_example
 
 FORWARD, PREFILL, DECODE = "forward", "prefill", "decode"
 # Decoding steps of one timed call on a GPU: what starting the call costs is shared by them.
@@ -131,10 +132,19 @@ def workloads(
         return found, notes
     if not getattr(model, "_can_compile_fullgraph", False):
         return found, [*notes, f"decoding is not timed: {type(model).__name__} takes no cache of fixed size"]
-    steps = _steps(next(model.parameters()).device)
     for batch in sorted(set(batches)):
-        found += [Workload(DECODE, batch, n) for n in usable if limit is None or n + steps <= limit]
+        found += [Workload(DECODE, batch, n) for n in usable if limit is None or n + STEPS <= limit]
     return found, notes
+
+
+def sample_inputs(processor: Any, task: str | None) -> dict[str, Tensor] | None:
+    """Inputs of one picture or recording; `None` for other tasks, or if nothing prepares them."""
+    if task not in MEDIA_TASKS:
+        return None
+    try:
+        return media_example(processor, task)
+    except ConfigError:
+        return None
 
 
 def tokens_said(count: int, batch: int = 1) -> str:

@@ -25,6 +25,7 @@ from sparsify.cli.pruners import pruners
 from sparsify.cli.recipe import app as recipe_app
 from sparsify.cli.run import run
 from sparsify.cli.sensitivity import sensitivity
+from sparsify.cli.sweep import sweep
 from sparsify.cli.tune import tune
 from sparsify.errors import DeviceMemoryError, SparsifyError
 from sparsify.launch import OtherProcessError, is_first, several
@@ -114,6 +115,13 @@ app.command(
     "sensitivity",
     epilog=_example("sparsify sensitivity path/to/model --data train.txt --block 64x64 --samples 64"),
 )(sensitivity)
+app.command(
+    "sweep",
+    epilog=_example(
+        "sparsify sweep path/to/model --blocks 32x32,64x64,128x16 --sparsities 0.5,0.75 --data train.txt "
+        "--eval held_out.txt --out path/to/sweep"
+    ),
+)(sweep)
 app.command("densify", epilog=_example("sparsify densify path/to/sparse --out path/to/dense"))(densify)
 app.command("pruners", epilog=_example("sparsify pruners"))(pruners)
 app.add_typer(recipe_app, name="recipe")

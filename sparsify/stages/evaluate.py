@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -34,6 +34,9 @@ from sparsify.training.samples import (
     set_padding,
     target_collator,
 )
+
+# Quality of a model, with a label for the progress.
+Judge: TypeAlias = Callable[[nn.Module, str], dict[str, float]]
 
 
 def run(stage: EvaluateStage, state: State) -> None:
@@ -99,7 +102,8 @@ def evaluate_models(
     for label, model in models.items():
         columns[label] = {"parameters": measure.parameter_count(model), "bytes": weight_bytes(model)}
         if spec is not None:
-            columns[label]["quality"] = _quality(model, processor, spec, task, batch, seed, label, progress)
+            of = judge(model, processor, spec, task, batch, seed, progress)
+            columns[label]["quality"] = of(model, label)
     first = next(iter(models.values()))
     if task in MEDIA_TASKS and latency_tokens:
         made, skipped = _media_inputs(first, processor, task, seed)
@@ -170,16 +174,34 @@ def _usable_counts(model: nn.Module, task: str | None, counts: Sequence[int]) ->
     ]
 
 
-def _quality(
+def judge(
     model: nn.Module,
     processor: Any,
     spec: Source,
     task: str | None,
-    batch: int,
-    seed: int,
-    label: str,
-    progress: Progress,
-) -> dict[str, float]:
+    batch: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Judge:
+    """Reads held-out data, once, and gives what measures the quality of a model with them.
+
+    Args:
+        model: A model of the task: the one to judge, or one that has its processor and classes.
+        processor: Its tokenizer, image processor or feature extractor.
+        spec: Held-out data.
+        task: A recipe's task, not `auto`.
+        batch: Samples in one forward pass.
+        seed: Chooses hidden tokens.
+        progress: Told about every batch.
+
+    Returns:
+        A function of a model and a label for the progress, which gives what `sparsify.quality` does.
+
+    Raises:
+        ConfigError: If there is no task, or no tokenizer to read the data with.
+        DataError: If the data cannot be read.
+    """
+    progress = progress or Progress()
     if task is None:
         raise ConfigError(
             f"{type(model).__name__} is of no task whose quality can be measured ({', '.join(TASKS)}); leave out the "
@@ -190,37 +212,46 @@ def _quality(
         with progress.task("reading evaluation data"):
             return function(*arguments)
 
+    def judged(measured: Callable[..., dict[str, float]], samples: int) -> Judge:
+        def of(contestant: nn.Module, label: str) -> dict[str, float]:
+            with _follow(progress, label, samples) as done:
+                return measured(contestant, batch=batch, progress=done)
+
+        return of
+
     if task in MEDIA_TASKS:
         samples = read(media_samples, spec, processor, model, task)
-        with _follow(progress, label, len(samples.dataset)) as done:
-            return quality.class_accuracy(model, samples.dataset, samples.collate, batch=batch, progress=done)
+        rows, collate = samples.dataset, samples.collate
+        return judged(lambda m, **given: quality.class_accuracy(m, rows, collate, **given), len(rows))
     need_tokenizer(processor, task)
     if task == "seq2seq":
         set_padding(model, processor)
         dataset, collate = read(target_samples, spec, processor), target_collator(processor, model)
-        with _follow(progress, label, len(dataset)) as done:
-            return quality.target_perplexity(model, dataset, collate, batch=batch, progress=done)
+        return judged(
+            lambda m, **given: quality.target_perplexity(m, dataset, collate, **given), len(dataset)
+        )
     if task == "causal-lm":
         dataset = read(causal_blocks, spec, processor)
         check_length(spec, model)
-        with _follow(progress, label, len(dataset)) as done:
-            return quality.perplexity(model, dataset, batch=batch, progress=done)
+        return judged(lambda m, **given: quality.perplexity(m, dataset, **given), len(dataset))
     if task == "masked-lm":
         if processor.mask_token_id is None:
             raise ConfigError("the tokenizer has no mask token, which a masked-lm evaluation needs")
         dataset = read(masked_blocks, spec, processor)
         check_length(spec, model)
-        with _follow(progress, label, len(dataset)) as done:
-            options = {"batch": batch, "seed": seed, "progress": done}
-            return quality.masked_perplexity(model, dataset, processor.mask_token_id, **options)
+        mask = processor.mask_token_id
+        return judged(
+            lambda m, **given: quality.masked_perplexity(m, dataset, mask, seed=seed, **given), len(dataset)
+        )
     if task == "sequence-classification":
         config = set_padding(model, processor)
         dataset = read(classification_samples, spec, processor, config.label2id)
-        with _follow(progress, label, len(dataset)) as done:
-            return quality.accuracy(model, dataset, processor, batch=batch, progress=done)
+        return judged(lambda m, **given: quality.accuracy(m, dataset, processor, **given), len(dataset))
     dataset = read(sentence_pairs, spec)
-    with _follow(progress, label, 2 * len(dataset)) as done:
-        return quality.similarity(model, dataset, processor, batch=batch, length=spec.length, progress=done)
+    length = spec.length
+    return judged(
+        lambda m, **given: quality.similarity(m, dataset, processor, length=length, **given), 2 * len(dataset)
+    )
 
 
 class _follow:

@@ -22,6 +22,7 @@ LEVELS = {
     "kernels": 1,
     "stages": 3,
     "sensitivity": 3,
+    "sweep": 3,
     "pipeline": 4,
     "api": 5,
     "cli": 6,
