@@ -168,7 +168,7 @@ class Sweep:
             raise ConfigError(f"there is no speed to measure: {notes[0]}")
         for note in notes:
             self.progress.note(note)
-        self.settings = self._settings()
+        self.settings = self._settings(self.dtype or next(empty.parameters()).dtype)
         self.found = self._earlier()
 
     @property
@@ -337,7 +337,7 @@ class Sweep:
                 parameter.data = parameter.data.to(self.dtype)
         return model.eval()
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, dtype: torch.dtype) -> dict[str, Any]:
         """Everything that decides a row but its block shape and sparsity, and the weights, which the dense quality
         stands for.
         """
@@ -356,7 +356,7 @@ class Sweep:
             "evaluated_on": _name(self.evaluation),
             "seed": recipe.seed,
             "device": device_name(self.device),
-            "dtype": "auto" if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "workloads": [str(work) for work in self.works],
         }
 

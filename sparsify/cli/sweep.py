@@ -208,7 +208,7 @@ def _print(work: Sweep, found: Swept, command: list[str]) -> None:
     console.print_table(*found.table())
     console.say(
         f"{found.metric} on {found.settings['evaluated_on']}; speed beside dense on {found.settings['device']}, "
-        f"{found.settings['dtype']} dtype"
+        f"{found.settings['dtype']}"
     )
     for workload in found.works:
         chosen = found.best(workload)
@@ -223,7 +223,8 @@ def _print(work: Sweep, found: Swept, command: list[str]) -> None:
         )
         chosen_pair = ["--block", row["block"], "--sparsity", f"{row['sparsity']:g}"]
         console.say(f"  {shlex.join([*command, *chosen_pair])}")
-    console.say(f"the choice is {front.rule(found.max_loss, found.metric)}")
+    if any(found.best(workload) is not None for workload in found.works):
+        console.say(f"the choice is {front.rule(found.max_loss, found.metric)}")
     if found.left:
         console.say(f"{found.left} of {len(work.pairs)} pairs are left: run it again to go on")
     console.say(f"written to {console.absolute(work.file)} and sweep.png")

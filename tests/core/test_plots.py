@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from sparsify import plots
+from sparsify import plots, plots_speed
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import ConfigError
 
@@ -45,7 +45,30 @@ def draw_loss(path):
     return plots.loss_curve({"training": [(0, 5.0), (10, 4.0)], "held-out": [(10, 4.5)]}, path)
 
 
-DRAWINGS = [draw_density, draw_masks, draw_sparsity, draw_blocks, draw_loss, draw_sensitivity]
+def draw_speedups(path):
+    layers = {"a.up": {1: 0.8, 256: 3.2}, "a.down (3 like it)": {1: 1.1}}
+    return plots_speed.speedups(layers, {"prefill of 256 tokens": {"CUDA graph": 2.0, "eager": 0.9}}, path)
+
+
+def draw_tradeoff(path):
+    points = [plots_speed.Point("32x32", 0.5, 1.4, 24.0), plots_speed.Point("64x64", 0.75, 2.6, 90.0)]
+    panels = {
+        "prefill of 256 tokens": (points, points, points[0]),
+        "decoding after 8 tokens": (points, [], None),
+    }
+    return plots_speed.tradeoff(panels, path, quality="perplexity", dense=20.0, log=True)
+
+
+DRAWINGS = [
+    draw_density,
+    draw_masks,
+    draw_sparsity,
+    draw_blocks,
+    draw_loss,
+    draw_sensitivity,
+    draw_speedups,
+    draw_tradeoff,
+]
 
 
 @pytest.mark.parametrize("draw", DRAWINGS)
@@ -70,6 +93,27 @@ def test_labels_are_in_the_picture(tmp_path):
     assert "mean 50.0 %" in density
     for text in ("8x8", "64x64", "global", "layer", "dense, 4", "Spearman x 100"):
         assert text in blocks
+
+
+def test_what_speed_pictures_say(tmp_path):
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none"}):
+        speedups = draw_speedups(tmp_path / "speedups.svg").read_text()
+        tradeoff = draw_tradeoff(tmp_path / "tradeoff.svg").read_text()
+    for text in (
+        "a.down (3 like it)",
+        "1 token<",
+        "256 tokens",
+        "whole model, CUDA graph",
+        "whole model, eager",
+    ):
+        assert text in speedups
+    for text in ("32x32, 50%", "75% removed", "dense, 20", "decoding after 8 tokens", "perplexity"):
+        assert text in tradeoff
+    assert "64x64, 75%" not in tradeoff  # only the best choice is named
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        plots_speed.speedups({}, {}, tmp_path / "a.png")
 
 
 def test_a_mask_picture_has_a_dark_cell_for_each_kept_block(tmp_path):
