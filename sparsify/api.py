@@ -78,6 +78,7 @@ def prune(
     ceiling: float = 1.0,
     sensitivity: str | Path | None = None,
     permute: bool = False,
+    per_position: bool = False,
     convert: bool = True,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     reconstruct: int | None = None,
@@ -105,6 +106,7 @@ def prune(
         sensitivity: For that scope, the file that `sparsify sensitivity` wrote.
         permute: First put units that can change places in an order that concentrates strong weights into blocks (see
             `sparsify.permute`); the function stays as it is.
+        per_position: Give each kernel position of a convolution a mask of its own, instead of one for all of them.
         convert: Swap the layers for block-sparse ones at once. If false, removed blocks are zeros in dense weights,
             and training should hold them there (`sparsify.masking.mask_model(model, result.masks)`).
         calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
@@ -151,6 +153,7 @@ def prune(
         targets=targets,
         ignore=ignore,
         permute=permute,
+        per_position=per_position,
         reconstruct=reconstruct,
     )
     if reconstruct and calibration is None:
@@ -193,6 +196,7 @@ def score(
     block: BlockShape | str | int | tuple[int, int] = "64x64",
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    per_position: bool = False,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     device: str | torch.device | None = None,
     **options: Any,
@@ -205,6 +209,7 @@ def score(
         block: Block shape.
         targets: Layers to score.
         ignore: Layers to leave out.
+        per_position: Whether kernel positions of a convolution are matrices of their own.
         calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
         device: Where such pruners compute.
         **options: Options of the pruner.
@@ -220,7 +225,9 @@ def score(
     from sparsify.scoring import score_layers
 
     shape = BlockShape.parse(block)
-    settings = _settings(method=method, options=options, block=shape, targets=targets, ignore=ignore)
+    settings = _settings(
+        method=method, options=options, block=shape, targets=targets, ignore=ignore, per_position=per_position
+    )
     pruner, selection = prepare(model, settings, walks=calibration is not None)
     scores = score_layers(model, pruner, selection.layers, calibration, device)
     return list(zip(selection.layers, scores, strict=True))
@@ -240,16 +247,13 @@ def apply(model: nn.Module, masks: Mapping[str, BlockMask], *, convert: bool = T
     import torch
 
     from sparsify.layers import swap
-    from sparsify.layers.kinds import matrices
+    from sparsify.layers.kinds import every_matrix
     from sparsify.sequential import remove_blocks
 
     if not masks:
         raise ConfigError("there are no masks to apply: give at least one, by its layer's name")
-    smallest = BlockShape(8, 8)
     found = {
-        layer.name: layer
-        for name, module in model.named_modules()
-        for layer in matrices(name, module, smallest)
+        layer.name: layer for name, module in model.named_modules() for layer in every_matrix(name, module)
     }
     for name, mask in masks.items():
         if name not in found:

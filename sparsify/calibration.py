@@ -2,7 +2,10 @@
 
 A linear layer's inputs are the tokens `(tokens, K)` it is called with. Of fused experts, each expert is shown the
 tokens routed to it; the inputs of its second projection, which exist only inside the experts' forward pass, are
-computed again from its first projection and the module's own gate.
+computed again from its first projection and the module's own gate. Of recurrent layers, each weight is shown what it is
+multiplied with at all time steps, which is computed again too. Of a convolution, the inputs of an output pixel are its
+patch, `(pixels, channels * positions)`, or for masks by kernel position that position's channels; only here, and image
+by image, are patches laid side by side.
 
 Padding is left out where a batch has an `attention_mask` (or `decoder_attention_mask`) that fits the layer's inputs in
 shape. Where both fit and differ, or the layer sees other positions than the mask (image patches, pooled states), all
@@ -21,6 +24,7 @@ from torch.nn import functional
 
 from sparsify.errors import PrunerError
 from sparsify.layers.experts import projections
+from sparsify.layers.recurrent import observed, recurrent_kind
 from sparsify.pruner import PrunableLayer, Pruner
 
 
@@ -120,7 +124,11 @@ def showing(
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = [*args, *kwargs.values()]
-            if own[0].index is not None:
+            if own[0].conv is not None:
+                _show_convolution(module, own, pruner, inputs[0])
+            elif recurrent_kind(module) is not None:
+                _show_recurrent(module, own, pruner, args, kwargs)
+            elif own[0].index is not None:
                 _show_experts(module, own, pruner, inputs, masks)
             elif share and inputs[0] is leader[0] and _follows(own[0], leader[1]):
                 own[0].statistics.update(leader[1].statistics)
@@ -162,6 +170,40 @@ def _show_linear(
     tokens = inputs[0]
     valid = valid_tokens(tokens, masks)
     pruner.calibrate(layers[0], tokens[valid] if valid is not None else tokens.flatten(0, -2))
+
+
+def _show_convolution(module: Any, layers: list[PrunableLayer], pruner: Pruner, images: Tensor) -> None:
+    images = images if images.dim() == module.weight.dim() else images.unsqueeze(0)
+    padding, mode = module._reversed_padding_repeated_twice, module.padding_mode
+    if any(padding):
+        images = functional.pad(images, padding, "constant" if mode == "zeros" else mode)
+    lead = (1,) * (2 - len(module.kernel_size))
+    images = images.unsqueeze(2) if lead else images  # one dimension is an image of height 1
+    window = {"dilation": lead + module.dilation, "stride": lead + module.stride}
+    for image in images.split(1):
+        patches = functional.unfold(image, lead + module.kernel_size, **window)
+        patches = patches.unflatten(1, (module.groups, -1, layers[0].conv.positions))  # pyright: ignore
+        for layer in layers:
+            index = layer.index or 0
+            if layer.conv is not None and layer.conv.per_position:
+                group, position = divmod(index, layer.conv.positions)
+                own = patches[:, group, :, position]
+            else:
+                own = patches[:, index].flatten(1, 2)
+            pruner.calibrate(layer, own.transpose(1, 2).flatten(0, 1))
+
+
+def _show_recurrent(
+    module: nn.Module,
+    layers: list[PrunableLayer],
+    pruner: Pruner,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    rows: dict[str, Tensor] = {}
+    observed(module).observe(rows.__setitem__, *args, **kwargs)
+    for layer in layers:
+        pruner.calibrate(layer, rows[layer.name[len(layer.module_name) + 1 :]])
 
 
 def _show_experts(

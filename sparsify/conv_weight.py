@@ -23,6 +23,14 @@ from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import BlockShapeError
 
 
+def as_linear(mask: BlockMask) -> BlockMask:
+    """The mask of a linear layer that multiplies as much: one column block for each kernel position of a block."""
+    channels = -(-mask.shape[1] // mask.block.cols) * mask.block.channels
+    keep = mask.keep.repeat_interleave(mask.block.positions, 1)
+    shape = (mask.shape[0], channels * mask.block.positions)
+    return BlockMask(keep, shape, BlockShape(mask.block.rows, mask.block.channels))
+
+
 @dataclass(frozen=True)
 class ConvWeight:
     """Sizes of a convolution's weight, and whether its kernel positions share a mask.
@@ -76,12 +84,13 @@ class ConvWeight:
         return names
 
     def matrix(self, tensor: Tensor, index: int) -> Tensor:
-        """Matrix `index` `(N, K)` of a tensor of the weight's shape; a view of a contiguous tensor."""
-        groups = tensor.unflatten(0, (self.groups, -1))
+        """Matrix `index` `(N, K)` of a contiguous tensor of the weight's shape; a view."""
+        rows, columns = self.out_channels // self.groups, self.in_channels // self.groups
+        parts = tensor.view(self.groups, rows, columns, self.positions)
         if not self.per_position:
-            return groups[index].flatten(1)
+            return parts[index].view(rows, -1)
         group, position = divmod(index, self.positions)
-        return groups[group].flatten(2)[..., position]
+        return parts[group, :, :, position]
 
     def join(self, matrices: Tensor) -> Tensor:
         """A tensor of the weight's shape from all its matrices `(count, N, K)`."""

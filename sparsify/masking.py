@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockMask, BlockShape, block_sizes, to_blocks
+from sparsify.conv_weight import ConvWeight
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers import kinds
 from sparsify.pruner import PrunableLayer
@@ -34,7 +35,7 @@ def mask_model(model: nn.Module, masks: Mapping[str, BlockMask], dense_gradient:
     The parameters are not changed (see `unmask`). Of fused experts, matrices without a mask are kept whole.
 
     Args:
-        model: A dense model; its linear layers, `Conv1D` layers and fused experts can be masked.
+        model: A dense model; its linear layers, `Conv1D` layers, fused experts, LSTMs and GRUs can be masked.
         masks: For each layer's name (`PrunableLayer.name`) its mask.
         dense_gradient: Whether pruned blocks get the gradient of the effective weight too; call `mask_gradients`
             before each optimizer step then. `False` gives them no gradient at all, which is what training under a
@@ -46,7 +47,7 @@ def mask_model(model: nn.Module, masks: Mapping[str, BlockMask], dense_gradient:
     found: dict[str, tuple[nn.Module, PrunableLayer]] = {}
     for module_name, module in model.named_modules():
         if kinds.dense_kind(module) is not None:
-            for layer in kinds.matrices(module_name, module, BlockShape(8, 8)):
+            for layer in kinds.every_matrix(module_name, module):
                 found[layer.name] = module, layer
     groups: dict[int, tuple[nn.Module, list[PrunableLayer]]] = {}
     for name, mask in masks.items():
@@ -67,7 +68,7 @@ def mask_gradients(model: nn.Module) -> None:
     for module, masked in _masked(model):
         parameter = module._parameters[masked.parameter]
         if parameter is not None and parameter.grad is not None:
-            parameter.grad.copy_(_zero_blocks(parameter.grad, masked.keep(module), masked.block))
+            parameter.grad.copy_(masked.zeroed(parameter.grad, masked.keep(module)))
 
 
 def current_masks(model: nn.Module) -> dict[str, BlockMask]:
@@ -79,6 +80,10 @@ def current_masks(model: nn.Module) -> dict[str, BlockMask]:
         rows, cols = parameter.shape[-2:]
         for name, index in masked.layers:
             keep = masked.keep(module).cpu()
+            if masked.conv is not None:
+                block = BlockShape(*masked.block, 1 if masked.conv.per_position else masked.conv.positions)
+                masks[name] = BlockMask(keep[index or 0].clone(), masked.conv.shape, block)
+                continue
             keep = keep if index is None else keep[index]
             if masked.transposed:
                 block = BlockShape(masked.block[1], masked.block[0])
@@ -113,7 +118,7 @@ def unmask(model: nn.Module) -> dict[str, BlockMask]:
     for module, masked in list(_masked(model)):
         parameter = module._parameters[masked.parameter]
         assert parameter is not None
-        parameter.copy_(_zero_blocks(parameter, masked.keep(module), masked.block))
+        parameter.copy_(masked.zeroed(parameter, masked.keep(module)))
     for module in model.modules():
         state = module.__dict__.pop("_masked_parameters", None)
         for masked in state or ():
@@ -127,7 +132,7 @@ def save_masks(path: Path, masks: Mapping[str, BlockMask]) -> None:
     """Writes masks to a safetensors file, one `(R, C)` uint8 tensor a layer, their shapes in its metadata."""
     from safetensors.torch import save_file
 
-    shapes = {name: [*mask.shape, mask.block.rows, mask.block.cols] for name, mask in masks.items()}
+    shapes = {name: [*mask.shape, *astuple(mask.block)] for name, mask in masks.items()}
     keeps = {name: mask.keep.to("cpu", torch.uint8).contiguous() for name, mask in masks.items()}
     save_file(keeps, path, metadata={"masks": json.dumps(shapes)})
 
@@ -144,8 +149,8 @@ def load_masks(path: Path) -> dict[str, BlockMask]:
         with safe_open(path, framework="pt") as file:
             shapes = json.loads((file.metadata() or {})["masks"])
             return {
-                name: BlockMask(file.get_tensor(name).bool(), (n, k), BlockShape(bo, bi))
-                for name, (n, k, bo, bi) in shapes.items()
+                name: BlockMask(file.get_tensor(name).bool(), (n, k), BlockShape(*block))
+                for name, (n, k, *block) in shapes.items()
             }
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"cannot read block masks from {path}: {error}") from error
@@ -160,6 +165,7 @@ class _MaskedParameter:
     transposed: bool
     layers: list[tuple[str, int | None]]
     dense_gradient: bool
+    conv: ConvWeight | None = None
 
     @property
     def buffer(self) -> str:
@@ -173,8 +179,15 @@ class _MaskedParameter:
         if weight is None:  # a replica made by nn.DataParallel holds plain tensors
             weight = module.__dict__[self.parameter]
         if self.dense_gradient:
-            return _StraightThrough.apply(weight, self.keep(module), self.block)  # pyright: ignore
-        return _zero_blocks(weight, self.keep(module), self.block)
+            return _StraightThrough.apply(weight, self.keep(module), self)  # pyright: ignore
+        return self.zeroed(weight, self.keep(module))
+
+    def zeroed(self, weight: Tensor, keep: Tensor) -> Tensor:
+        """A tensor laid out as the parameter with 0 (never -0 or NaN) where `keep` `(..., R, C)` is False."""
+        shape = weight.shape if self.conv is None else self.conv.shape
+        elements = keep.repeat_interleave(self.block[0], -2).repeat_interleave(self.block[1], -1)
+        elements = elements[..., : shape[-2], : shape[-1]]
+        return _zero(weight, elements if self.conv is None else self.conv.join(elements))
 
 
 def _masked(model: nn.Module) -> Iterator[tuple[nn.Module, _MaskedParameter]]:
@@ -194,10 +207,11 @@ def _mask_parameter(
             f"cannot mask {first.module_name}: its matrices have masks of different block shapes"
         )
     block = blocks.pop()
-    lead = first.parameter.shape[:-2]
+    lead = first.parameter.shape[:-2] if first.conv is None else (first.conv.count,)
     keep = torch.ones(*lead, *block.grid(first.shape), dtype=torch.bool)
     for layer in layers:
-        (keep if layer.index is None else keep[layer.index]).copy_(masks[layer.name].keep)
+        index = layer.index if layer.conv is None else layer.index or 0
+        (keep if index is None else keep[index]).copy_(masks[layer.name].keep)
     rows, cols = block.rows, block.cols
     if first.transposed:
         keep, rows, cols = keep.transpose(-1, -2).contiguous(), cols, rows
@@ -207,6 +221,7 @@ def _mask_parameter(
         first.transposed,
         [(layer.name, layer.index) for layer in layers],
         dense_gradient,
+        first.conv,
     )
     state = module.__dict__.setdefault("_masked_parameters", [])
     state[:] = [other for other in state if other.parameter != parameter] + [masked]
@@ -223,11 +238,19 @@ def _show_effective(module: nn.Module, args: Any) -> None:
     # An instance attribute is found before nn.Module looks into its parameters.
     for masked in module.__dict__["_masked_parameters"]:
         module.__dict__[masked.parameter] = masked.effective(module)
+    _renew_list(module)
 
 
 def _show_parameters(module: nn.Module, args: Any, output: Any) -> None:
     for masked in module.__dict__["_masked_parameters"]:
         module.__dict__.pop(masked.parameter, None)
+    _renew_list(module)
+
+
+def _renew_list(module: nn.Module) -> None:
+    """torch's recurrent layers read their weights from a list of their own."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]  # pyright: ignore
 
 
 def _save_effective(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -235,7 +258,7 @@ def _save_effective(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
         key = prefix + masked.parameter
         if key in state_dict:
             keep_vars = state_dict[key].requires_grad
-            plain = _zero_blocks(state_dict[key].detach(), masked.keep(module), masked.block)
+            plain = masked.zeroed(state_dict[key].detach(), masked.keep(module))
             state_dict[key] = masked.effective(module) if keep_vars else plain
 
 
@@ -243,18 +266,15 @@ class _StraightThrough(torch.autograd.Function):
     """Zeroes pruned blocks in the forward pass; hands the gradient on unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, keep: Tensor, block: tuple[int, int]) -> Tensor:
-        return _zero_blocks(weight, keep, block)
+    def forward(ctx: Any, weight: Tensor, keep: Tensor, masked: _MaskedParameter) -> Tensor:
+        return masked.zeroed(weight, keep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0], None, None
 
 
-def _zero_blocks(weight: Tensor, keep: Tensor, block: tuple[int, int]) -> Tensor:
-    """`weight` `(..., N, K)` with 0 (never -0 or NaN) where `keep` `(..., R, C)` is False."""
-    elements = keep.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
-    elements = elements[..., : weight.shape[-2], : weight.shape[-1]]
+def _zero(weight: Tensor, elements: Tensor) -> Tensor:
     if hasattr(weight, "device_mesh"):  # sharded by FSDP: each rank masks its own part
         from torch.distributed.tensor import distribute_tensor
 

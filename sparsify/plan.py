@@ -14,6 +14,7 @@ from sparsify import data, scopes, sensitivity_file
 from sparsify.checkpoint import reader, writer
 from sparsify.errors import CheckpointError, ConfigError, OutputError, SparsifyError
 from sparsify.prediction import predict, warning
+from sparsify.preparation import selected
 from sparsify.pruner import PrunableLayer
 from sparsify.recipe import (
     CalibrateStage,
@@ -24,7 +25,7 @@ from sparsify.recipe import (
     Pruning,
     Recipe,
 )
-from sparsify.targets import KeptDense, select
+from sparsify.targets import KeptDense
 
 # A Trainer's checkpoint holds float32 weights and AdamW's two moments; while a new one is written, the old one stays.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -320,7 +321,7 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.dev
         settings = stage if isinstance(stage, PruneStage) else getattr(stage, "pruner", None)
         if settings is None:
             continue
-        selection = select(model, settings.block, settings.targets, settings.ignore)
+        selection = selected(model, settings)
         if settings.sensitivity is not None:
             sensitivity_file.curves_for(settings.sensitivity, selection.layers)
         plan.layers = [
@@ -337,8 +338,9 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.dev
         plan.sparsity, plan.scope = settings.sparsity, scopes.name_of(settings.scope)
         if not packs:
             continue
-        # Nothing is measured of experts, whose matrices have an index.
-        judged = [layer for layer in selection.layers if layer.index is None]
+        # Nothing is measured of experts, whose matrices have an index, and of convolutions.
+        judged = [layer for layer in selection.layers if layer.index is None and layer.conv is None]
+        names = {layer.name for layer in judged}
         shapes, dtype = [layer.shape for layer in judged], selection.layers[0].parameter.dtype
         line = warning(device, dtype, settings.block, shapes, settings.sparsity)
         notes |= {line: None} if line is not None else {}
@@ -350,7 +352,7 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.dev
             shape for shape, prediction in found.items() if prediction is not None and prediction.slower
         }
         for layer in selection.layers:
-            stays_dense = layer.index is None and layer.shape in slower and not all_packed
+            stays_dense = layer.name in names and layer.shape in slower and not all_packed
             saved[layer.name] = 0 if stays_dense else _saved_bytes(layer, settings.sparsity)
     plan.notes += notes
     return sum(saved.values())

@@ -34,6 +34,15 @@ def make_pruner(settings: Pruning) -> Pruner:
     return pruner
 
 
+def selected(model: nn.Module, settings: Pruning) -> Selection:
+    """The layers that pruning settings mean, and what stays dense.
+
+    Raises:
+        TargetError: If a pattern matches nothing, or nothing can be pruned.
+    """
+    return select(model, settings.block, settings.targets, settings.ignore, settings.per_position)
+
+
 def prepare(
     model: nn.Module,
     settings: Pruning,
@@ -54,7 +63,7 @@ def prepare(
         ConfigError: If the pruner or the scope needs statistics and there are none, or sensitivities of other layers.
     """
     pruner = make_pruner(settings)
-    selection = select(model, settings.block, settings.targets, settings.ignore)
+    selection = selected(model, settings)
     if settings.sensitivity is not None:
         sensitivity_file.curves_for(settings.sensitivity, selection.layers)
     statistics = statistics or {}

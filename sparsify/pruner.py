@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sparsify import custom
 from sparsify.blocks import BlockMask, BlockShape
+from sparsify.conv_weight import ConvWeight
 from sparsify.errors import PrunerError, SparsifyError
 
 if TYPE_CHECKING:
@@ -37,18 +38,21 @@ HOOKS = ("score", "calibrate", "update_weights", "begin", "before_step", "after_
 
 @dataclass(eq=False)
 class PrunableLayer:
-    """One weight matrix that can be pruned in blocks: a linear layer, a `Conv1D`, or one expert's projection.
+    """One weight matrix that can be pruned in blocks: of a linear layer or `Conv1D`, one expert's, a convolution's.
 
     Attributes:
         name: Unique name of the matrix; the module's name, or `<module>.<parameter>.<expert>` for an expert.
         module_name: Name of the module that owns the parameter, as in `model.named_modules()`.
         parameter: The dense parameter that holds the matrix, in the layout the module keeps it in.
         block: Block shape `(bo, bi)`.
-        index: Which slice of a 3-D parameter the matrix is (the expert's number); `None` for a 2-D parameter.
+        index: Which slice of a 3-D parameter the matrix is (the expert's number), or which of a convolution's matrices;
+            `None` where the parameter is one matrix.
         transposed: Whether the parameter holds the matrix as `(K, N)`, as GPT-2's `Conv1D` does.
         module_class: Class name of the module.
         statistics: Tensors a pruner gathered about the layer, by name. Calibration fills in what the pruner
             requires (see `Pruner.requires`); a pruner may keep its own here, and then a resumed run has them back.
+        conv: How a convolution's weight `(O, I / groups, *kernel)` is seen as matrices; `None` for all others. Where
+            kernel positions share a mask, columns are input channels times positions, and so is `block.cols`.
     """
 
     name: str
@@ -59,9 +63,12 @@ class PrunableLayer:
     transposed: bool = False
     module_class: str = ""
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    conv: ConvWeight | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The view `(N, K)` of the layer in a tensor that is laid out as `parameter` is."""
+        if self.conv is not None:
+            return self.conv.matrix(tensor, self.index or 0)
         matrix = tensor if self.index is None else tensor[self.index]
         return matrix.t() if self.transposed else matrix
 
@@ -73,6 +80,8 @@ class PrunableLayer:
     @property
     def weight(self) -> Tensor:
         """The matrix `(N, K)` = `(out_features, in_features)`, detached; writing to it writes to the parameter."""
+        if self.conv is not None and not self.parameter.is_contiguous():
+            self.parameter.data = self.parameter.data.contiguous()  # in channels-last memory it is no matrix
         return self.matrix(self.parameter.detach())
 
     @property
@@ -81,11 +90,16 @@ class PrunableLayer:
 
         Under a mask it is the gradient of the effective (masked) weight, pruned blocks included.
         """
-        return None if self.parameter.grad is None else self.matrix(self.parameter.grad)
+        grad = self.parameter.grad
+        if grad is None:
+            return None
+        return self.matrix(grad if self.conv is None else grad.contiguous())
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(N, K)` = `(out_features, in_features)`."""
+        if self.conv is not None:
+            return self.conv.shape
         rows, cols = self.parameter.shape[-2:]
         return (cols, rows) if self.transposed else (rows, cols)
 

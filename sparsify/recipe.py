@@ -137,6 +137,7 @@ class Pruning(Strict):
         ignore: Layers to leave dense, named in the same three ways.
         permute: First put units that can change places (hidden units, value dimensions of heads) in an order that
             concentrates strong weights into blocks; the function stays as it is.
+        per_position: Give each kernel position of a convolution a mask of its own, instead of one for all of them.
     """
 
     method: str = "magnitude"
@@ -150,6 +151,7 @@ class Pruning(Strict):
     targets: Patterns | None = None
     ignore: Patterns | None = None
     permute: bool = False
+    per_position: bool = False
 
     @field_validator("method")
     @classmethod

@@ -29,11 +29,11 @@ from sparsify.calibration import collect_statistics, needs_calibration
 from sparsify.checkpoint import reader
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.plan import resolve_device, resolve_task, skeleton
+from sparsify.preparation import selected
 from sparsify.progress import Advance, Progress
 from sparsify.pruner import PrunableLayer, Pruner, create_pruner
 from sparsify.recipe import CalibrateStage, PruneStage, Recipe
 from sparsify.sensitivity_file import Measured
-from sparsify.targets import select
 from sparsify.training.samples import Batch, in_dtype, load_samples
 
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
@@ -233,7 +233,7 @@ class Sensitivity:
 
     def _select(self, model: nn.Module) -> list[PrunableLayer]:
         settings = self.pruning
-        return select(model, settings.block, settings.targets, settings.ignore).layers
+        return selected(model, settings).layers
 
     def _batches(self, model: nn.Module) -> list[Batch]:
         """The calibration batches, made once: a masked language model hides the same words every time."""

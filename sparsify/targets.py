@@ -2,7 +2,8 @@
 
 A pattern names modules in one of three ways, and means every layer inside the modules it names:
 
-- `model.layers.0.mlp`: the exact name of a module or of one expert's matrix (`...experts.down_proj.3`);
+- `model.layers.0.mlp`: the exact name of a module, of one expert's matrix (`...experts.down_proj.3`) or of one weight
+  of a recurrent layer (`lstm.weight_hh_l0`);
 - `re:layers\\.[02]\\.`: a regular expression, searched for anywhere in the name (anchor it with `^` and `$`);
 - `Linear`, `LlamaMLP`: the name of a module's class or of one of its base classes.
 
@@ -65,6 +66,7 @@ def select(
     block: BlockShape,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    per_position: bool = False,
 ) -> Selection:
     """Finds the layers to prune.
 
@@ -73,11 +75,12 @@ def select(
         block: Block shape `(bo, bi)`; layers smaller than one block stay dense.
         targets: Patterns of what to prune (see the module's docstring); `None` for the model's repeated blocks.
         ignore: Patterns of what to leave dense all the same.
+        per_position: Whether each kernel position of a convolution is pruned by itself, instead of all together.
 
     Raises:
         TargetError: If a pattern matches nothing, names a weight that cannot be pruned, or nothing is left to prune.
     """
-    request = _Request(model, block, targets, ignore)
+    request = _Request(model, block, targets, ignore, per_position)
     layers: list[PrunableLayer] = []
     dense: list[KeptDense] = []
     for candidate in request.candidates:
@@ -98,9 +101,10 @@ class _Request:
         block: BlockShape,
         targets: Sequence[str] | None,
         ignore: Sequence[str] | None,
+        per_position: bool,
     ) -> None:
         self.block = block
-        self.candidates = list(_candidates(model, block))
+        self.candidates = list(_candidates(model, block, per_position))
         self.wanted = None
         if targets is not None:
             self.wanted = [_Pattern(model, text, self.candidates) for text in targets]
@@ -130,26 +134,28 @@ class _Request:
             return "not among the targets"
         if candidate.module is self.output and not any(pattern.names(layer) for pattern in self.wanted or ()):
             return "output embedding; name it to prune it"
-        return f"smaller than one block of {self.block}" if candidate.too_small else None
+        return f"smaller than one block of {self.block}" if candidate.too_small(layer) else None
 
 
 class _Candidate:
     """A module that holds weight matrices of a kind that can be pruned, or nearly so."""
 
-    def __init__(self, module_name: str, module: nn.Module, block: BlockShape) -> None:
+    def __init__(self, module_name: str, module: nn.Module, block: BlockShape, per_position: bool) -> None:
         self.module_name, self.module = module_name, module
-        self.layers = kinds.matrices(module_name, module, block)
+        self.layers = kinds.matrices(module_name, module, block, per_position)
         self.why = kinds.why_unsupported(module)
         weight = dict(module.named_parameters(recurse=False)).get("weight")
-        known = weight is not None and not isinstance(weight, nn.UninitializedParameter)
-        self.shape = tuple(weight.shape) if known else ()
+        shapeless = isinstance(weight, nn.UninitializedParameter)
+        self.shape = () if weight is None or shapeless else tuple(weight.shape)
+
+    def too_small(self, layer: PrunableLayer) -> bool:
+        """Whether a layer is smaller than one block."""
         # The weights of fused experts are swapped together, so one that is too small keeps all of them dense.
-        self.too_small = any(
-            layer.shape[0] < block.rows or layer.shape[1] < block.cols for layer in self.layers
-        )
+        together = [layer] if layer.index is None else self.layers
+        return any(x.shape[0] < x.block.rows or x.shape[1] < x.block.cols for x in together)
 
     def kept_dense(self, reasons: dict[str, str | None]) -> list[KeptDense]:
-        """What stays dense here; the experts of one parameter as one entry where they share the reason."""
+        """What stays dense here; all matrices of one parameter as one entry where they share the reason."""
         if self.why:
             return [KeptDense(self.module_name, self.shape, self.why)]
         entries: dict[str, KeptDense] = {}
@@ -159,17 +165,18 @@ class _Candidate:
                 continue
             siblings = [other for other in self.layers if other.parameter is layer.parameter]
             if layer.index is not None and all(reasons[other.name] == reason for other in siblings):
-                name, shape = name.rpartition(".")[0], (len(siblings), *shape)
+                name = name.rpartition(".")[0] if layer.conv is None else layer.module_name
+                shape = (len(siblings), *shape)
             entries[name] = KeptDense(name, shape, reason)
         return list(entries.values())
 
 
-def _candidates(model: nn.Module, block: BlockShape) -> Iterator[_Candidate]:
+def _candidates(model: nn.Module, block: BlockShape, per_position: bool) -> Iterator[_Candidate]:
     compiled: list[str] = []  # what is inside of a torch.jit module is told of as one
     for name, module in model.named_modules():
         if any(name.startswith(outer) for outer in compiled):
             continue
-        candidate = _Candidate(name, module, block)
+        candidate = _Candidate(name, module, block, per_position)
         if isinstance(module, torch.jit.ScriptModule):
             compiled.append(f"{name}." if name else "")
         if candidate.layers or candidate.why:
@@ -200,7 +207,7 @@ class _Pattern:
         raise TargetError(
             f"{role} {text!r} holds no layer that can be pruned: {root or 'the model'} is of class "
             f"{type(model.get_submodule(root)).__name__}{f' ({why})' if why else ''}; what can be pruned are "
-            f"linear layers, Conv1D and fused experts"
+            f"linear layers, convolutions, Conv1D, fused experts, LSTM and GRU"
         )
 
     def _means(self, name: str, module: nn.Module) -> bool:
@@ -260,7 +267,8 @@ def _nothing_left(model: nn.Module, dense: list[KeptDense]) -> str:
             f"anew, take the dense model, or turn this one back with `sparsify densify`"
         )
     if not dense:
-        return f"nothing in {type(model).__name__} can be pruned: it has no linear layer, Conv1D or fused experts"
+        kinds_known = "linear layer, convolution, Conv1D, fused experts, LSTM or GRU"
+        return f"nothing in {type(model).__name__} can be pruned: it has no {kinds_known}"
     first = dense[0]
     more = f", and {len(dense) - 1} more" if len(dense) > 1 else ""
     name = first.name or "it"

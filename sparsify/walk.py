@@ -392,7 +392,7 @@ class _Both(Pruner):
 
     def __init__(self, pruner: Pruner) -> None:
         self.pruner, self.dense = pruner, False
-        self.seen: dict[str, Tensor] = {}
+        self.seen: dict[str, list[Tensor]] = {}
         self.tokens: dict[str, int] = {}
 
     @contextmanager
@@ -409,9 +409,9 @@ class _Both(Pruner):
 
     def calibrate(self, layer: PrunableLayer, inputs: Tensor) -> None:
         if self.dense:
-            self.seen[layer.name] = inputs
+            self.seen.setdefault(layer.name, []).append(inputs)
             return
-        dense = self.seen.pop(layer.name)
+        dense = self.seen[layer.name].pop(0)
         self.tokens[layer.name] = seen = self.tokens.get(layer.name, 0) + len(inputs)
         self.pruner.calibrate(layer, inputs)
         # Experts see other tokens in one model than in the other.

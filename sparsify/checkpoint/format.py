@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsify.blocks import BlockShape
+from sparsify.conv_weight import ConvWeight
 from sparsify.errors import BlockShapeError, CheckpointError
 from sparsify.layers.packed import PackedModule, PackedWeight
 
@@ -62,13 +63,15 @@ def packed_weights(layer: str, entry: object) -> list[PackedWeight]:
     kind = entry.get("kind")
     if kind in ("linear", "conv1d"):
         return [_packed_weight(layer, "weight", entry, 2)]
+    if kind == "convolution":
+        return [_packed_convolution(layer, entry)]
     if kind == "experts" or kind in RECURRENT:
         weights = entry.get("weights")
         if not isinstance(weights, Mapping) or not weights:
             raise _bad(layer, f"kind {kind} needs `weights`, a mapping of parameter names")
         rank = 3 if kind == "experts" else 2
         return [_packed_weight(layer, str(name), weight, rank) for name, weight in weights.items()]
-    known = ", ".join(("linear", "conv1d", "experts", *RECURRENT))
+    known = ", ".join(("linear", "conv1d", "experts", "convolution", *RECURRENT))
     raise _bad(layer, f"unknown kind {kind!r}, this version knows {known}")
 
 
@@ -97,6 +100,26 @@ def _packed_weight(layer: str, name: str, entry: object, rank: int) -> PackedWei
         )
     prefix = "" if name == "weight" else f"{name}_"
     return PackedWeight(name, prefix, count, (shape[-2], shape[-1]), block, blocks)
+
+
+def _packed_convolution(layer: str, entry: Mapping[str, Any]) -> PackedWeight:
+    shape = entry.get("shape")
+    rank = len(shape) if isinstance(shape, (list, tuple)) and len(shape) in (3, 4) else 4
+    outputs, inputs, *kernel = _integers(layer, entry, "shape", rank)
+    groups, per_position = entry.get("groups"), entry.get("per_position", False)
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or outputs % groups:
+        raise _bad(layer, f"`groups` must be a positive integer that divides {outputs}, got {groups!r}")
+    if not isinstance(per_position, bool):
+        raise _bad(layer, f"`per_position` must be true or false, got {per_position!r}")
+    try:
+        block = BlockShape(*_integers(layer, entry, "block_shape", 2))
+    except BlockShapeError as error:
+        raise _bad(layer, str(error)) from error
+    conv = ConvWeight(outputs, inputs * groups, tuple(kernel), groups, per_position)
+    blocks, (rows, cols) = entry.get("blocks"), conv.grid(block)
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 <= blocks <= rows * cols:
+        raise _bad(layer, f"`blocks` must be an integer from 0 to {rows * cols}, got {blocks!r}")
+    return PackedWeight.of_conv(conv, block, blocks)
 
 
 def _integers(layer: str, entry: Mapping[str, Any], key: str, length: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -42,8 +43,8 @@ class LayerInfo:
 
     Attributes:
         name: Module name; for fused experts and recurrent layers followed by the parameter's name.
-        kind: `linear`, `conv1d`, `experts`, or a recurrent layer's, such as `lstm`.
-        shape: Logical shape, `(N, K)` or `(E, N, K)`.
+        kind: `linear`, `conv1d`, `experts`, `convolution`, or a recurrent layer's, such as `lstm`.
+        shape: Logical shape, `(N, K)`, `(E, N, K)` or `(O, I / groups, *kernel)`.
         block: Block shape.
         blocks: Stored blocks `Z`.
         density: Share of the weight's own elements that is stored, 0 to 1.
@@ -126,7 +127,8 @@ def read_masks(path: str | Path) -> dict[str, BlockMask]:
         path: A folder, or a name on the Hub (which is downloaded).
 
     Returns:
-        Masks by the name of the matrix: the module's, for fused experts followed by the parameter's and a number.
+        Masks by the name of the matrix: the module's, for fused experts followed by the parameter's and a number, for
+        convolutions by group and kernel position where these have masks of their own.
         None for a dense checkpoint.
 
     Raises:
@@ -138,6 +140,9 @@ def read_masks(path: str | Path) -> dict[str, BlockMask]:
     for name, kind, packed, lookup in _packed_layers(folder, read_config(folder), stored):
         _, crow, col = _tensors(name, packed, lookup)
         for index, mask in enumerate(_masks(name, packed, _read_indices(crow), _read_indices(col))):
+            if packed.conv is not None:
+                masks[packed.conv.names(name)[index]] = mask
+                continue
             matrix = name if packed.name == "weight" else f"{name}.{packed.name}"
             masks[f"{matrix}.{index}" if kind == "experts" else matrix] = mask
     return masks
@@ -337,8 +342,8 @@ def _tensors(name: str, packed: PackedWeight, stored: Mapping[str, StoredTensor]
 def _layer_info(name: str, kind: str, packed: PackedWeight, stored: Mapping[str, StoredTensor]) -> LayerInfo:
     values, crow, col = _tensors(name, packed, stored)
     masks = _masks(name, packed, _read_indices(crow), _read_indices(col))
-    shape = packed.shape if kind != "experts" else (packed.count, *packed.shape)
-    elements = packed.count * packed.shape[0] * packed.shape[1]
+    shape = packed.full_shape if kind != "experts" else (packed.count, *packed.shape)
+    elements = math.prod(shape)
     return LayerInfo(
         name=name if packed.name == "weight" else f"{name}.{packed.name}",
         kind=kind,
@@ -368,4 +373,8 @@ def _masks(name: str, packed: PackedWeight, crow: torch.Tensor, col: torch.Tenso
     for begin in range(0, packed.count * rows, rows):
         part = crow[begin : begin + rows + 1]
         columns = col[int(part[0]) : int(part[-1])]
-        yield BlockMask.from_csr(part - part[0], columns, packed.shape, packed.block)
+        mask = BlockMask.from_csr(part - part[0], columns, packed.shape, packed.block)
+        if packed.conv is None:
+            yield mask
+        else:
+            yield from packed.conv.masks(mask.keep, packed.block)

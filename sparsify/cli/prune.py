@@ -62,6 +62,9 @@ def prune(
     permute: Annotated[
         bool, typer.Option("--permute", help="First reorder units so that strong weights share blocks.")
     ] = False,
+    per_position: Annotated[
+        bool, typer.Option("--per-position", help="A mask for each kernel position of a convolution.")
+    ] = False,
     data: Annotated[
         str | None, typer.Option("--data", help="Calibration data, for pruners that look at layer inputs.")
     ] = None,
@@ -116,6 +119,7 @@ def prune(
         "targets": target or None,
         "ignore": ignore or None,
         "permute": permute,
+        "per_position": per_position,
         "reconstruct": reconstruct,
     }
     recipe = Recipe.oneshot(

@@ -160,11 +160,9 @@ class BlockSparseConv(PackedModule):
         return layout.stored(masks)
 
     def _index(self, keep: Tensor | None, stored: int) -> None:
-        """Adds the index buffers; the stored matrix is padded to whole blocks, position by position."""
-        rows, cols = self.layout.grid(self.block_shape)
-        shape = rows * self.block_shape.rows, cols * self.block_shape.cols
-        description = PackedWeight("weight", "", 1, shape, self.block_shape, stored)
-        self._register(description, None if keep is None else [BlockMask(keep, shape, self.block_shape)])
+        """Adds the index buffers of the stored matrix."""
+        packed = PackedWeight.of_conv(self.layout, self.block_shape, stored)
+        self._register(packed, None if keep is None else [BlockMask(keep, packed.shape, self.block_shape)])
 
     def _lists(self, packed: PackedWeight) -> int:
         phases = 1 if pointwise(self.geometry) else self.geometry.phases

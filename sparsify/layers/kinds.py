@@ -3,6 +3,10 @@
     linear    nn.Linear and subclasses that do not override `forward`; weight `(N, K)`
     conv1d    transformers' Conv1D (GPT-2); weight `(K, N)`
     experts   transformers' fused mixture-of-experts weights, `(E, N, K)` or `(E, K, N)`
+    convolution
+              nn.Conv2d, nn.Conv1d and subclasses that do not override `forward`; weight `(O, I / groups, *kernel)`
+    lstm, gru, lstm_cell, gru_cell
+              torch's recurrent layers; each weight `(N, K)` is a matrix of its own, the gates one after the other
 
 To support another kind: a module in this folder and one branch in each function here.
 """
@@ -15,11 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockMask, BlockShape
+from sparsify.conv_weight import ConvWeight
 from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.layers.convolution import BlockSparseConv, BlockSparseConv1d, BlockSparseConv2d
 from sparsify.layers.experts import BlockSparseExperts, projections
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.packed import PackedModule
+from sparsify.layers.recurrent import CLASSES, SPARSE_CLASSES, BlockSparseRecurrent, recurrent_kind
 from sparsify.pruner import PrunableLayer
+
+COMPUTED = "its weight is computed anew in each call, by a parametrization or hook: remove that first"
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -27,6 +36,41 @@ def _is_conv1d(module: nn.Module) -> bool:
         cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D"
         for cls in type(module).mro()
     )
+
+
+def _why_not_recurrent(module: nn.Module) -> str | None:
+    kind = recurrent_kind(module)
+    if kind is None:
+        return f"{type(module).__name__} has no block-sparse equivalent; nn.LSTM and nn.GRU have one"
+    if type(module).forward is not CLASSES[kind].forward:
+        return f"{type(module).__name__} computes something other than nn.{CLASSES[kind].__name__}"
+    suffixes = ("",) if kind.endswith("_cell") else ("_l0",)
+    if any(
+        f"weight_{part}{suffix}" not in module._parameters for part in ("ih", "hh") for suffix in suffixes
+    ):
+        return COMPUTED
+    return None
+
+
+_ConvNd = nn.modules.conv._ConvNd
+
+
+def _why_not_convolution(module: _ConvNd) -> str | None:
+    cls = type(module)
+    if module.transposed:
+        return f"{cls.__name__}: transposed convolutions have no block-sparse equivalent"
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return f"{cls.__name__}: convolutions of one and two dimensions have a block-sparse equivalent"
+    dense = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv1d
+    if cls.forward is not dense.forward or cls._conv_forward is not dense._conv_forward:
+        return f"{cls.__name__} computes something other than nn.{dense.__name__}"
+    if isinstance(module._parameters.get("weight"), nn.UninitializedParameter):
+        return "its shape is not known before the model has run once"
+    if "weight" not in module._parameters:
+        return COMPUTED
+    if module.groups == module.in_channels > 1:
+        return "a depthwise convolution has one input channel a group, and no block to leave out"
+    return None
 
 
 def why_unsupported(module: nn.Module) -> str | None:
@@ -41,21 +85,27 @@ def why_unsupported(module: nn.Module) -> str | None:
         if isinstance(module._parameters.get("weight"), nn.UninitializedParameter):
             return "its shape is not known before the model has run once"
         if "weight" not in module._parameters:
-            return "its weight is computed anew in each call, by a parametrization or hook: remove that first"
+            return COMPUTED
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return _why_not_recurrent(module)
+    if isinstance(module, _ConvNd):
+        return _why_not_convolution(module)
     if projections(module) is not None and getattr(module, "has_post_expert_norm", False):
         return f"{type(module).__name__} normalises inside each expert"
     return None
 
 
 def dense_kind(module: nn.Module) -> str | None:
-    """`"linear"`, `"conv1d"` or `"experts"` for a dense module that can be swapped, else `None`."""
+    """The kind of a dense module that can be swapped, one of those above, else `None`."""
     if isinstance(module, PackedModule) or why_unsupported(module) is not None:
         return None
     if isinstance(module, nn.Linear):
         return "linear"
+    if isinstance(module, _ConvNd):
+        return "convolution"
     if _is_conv1d(module):
         return "conv1d"
-    return "experts" if projections(module) is not None else None
+    return "experts" if projections(module) is not None else recurrent_kind(module)
 
 
 def is_sparse(module: nn.Module) -> bool:
@@ -63,17 +113,35 @@ def is_sparse(module: nn.Module) -> bool:
     return isinstance(module, PackedModule)
 
 
-def matrices(module_name: str, module: nn.Module, block: BlockShape) -> list[PrunableLayer]:
-    """The weight matrices of a dense module: one, or one for each expert and projection.
+def matrices(
+    module_name: str, module: nn.Module, block: BlockShape, per_position: bool = False
+) -> list[PrunableLayer]:
+    """The weight matrices of a dense module: one, or one for each expert and projection, or each recurrent weight.
 
     Args:
         module_name: The module's name in its model.
         module: A module of some `dense_kind`; any other has none.
         block: Block shape to prune in.
+        per_position: Whether each kernel position of a convolution is a matrix of its own.
     """
     kind, cls = dense_kind(module), type(module).__name__
     if kind is None:
         return []
+    if isinstance(module, _ConvNd):
+        weight, several = _conv_weight(module, per_position), module.groups > 1 or per_position
+        return [
+            PrunableLayer(
+                name, module_name, module.get_parameter("weight"), weight.block(block), index if several else None,
+                module_class=cls, conv=weight,
+            )
+            for index, name in enumerate(weight.names(module_name))
+        ]  # fmt: skip
+    if kind in SPARSE_CLASSES:
+        return [
+            PrunableLayer(f"{module_name}.{name}", module_name, parameter, block, module_class=cls)
+            for name, parameter in module.named_parameters(recurse=False)
+            if name.startswith("weight_")
+        ]
     if kind != "experts":
         assert isinstance(module.weight, nn.Parameter)
         transposed = kind == "conv1d"
@@ -91,14 +159,31 @@ def matrices(module_name: str, module: nn.Module, block: BlockShape) -> list[Pru
     return layers
 
 
+def every_matrix(module_name: str, module: nn.Module) -> list[PrunableLayer]:
+    """The weight matrices of a dense module by every name they can have, to look masks up by them; see `matrices`."""
+    smallest = BlockShape(8, 8)
+    found = matrices(module_name, module, smallest)
+    return found + (matrices(module_name, module, smallest, True) if isinstance(module, _ConvNd) else [])
+
+
+def _conv_weight(module: _ConvNd, per_position: bool) -> ConvWeight:
+    return ConvWeight(
+        module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups, per_position
+    )
+
+
+def _sparse_conv(module: _ConvNd) -> type[BlockSparseConv]:
+    return BlockSparseConv2d if isinstance(module, nn.Conv2d) else BlockSparseConv1d
+
+
 def to_sparse(module_name: str, module: nn.Module, masks: dict[str, BlockMask]) -> PackedModule:
     """The block-sparse equivalent of a dense module.
 
     Args:
         module_name: The module's name in its model.
         module: A module of some `dense_kind`.
-        masks: Mask of each matrix by `PrunableLayer.name`. An experts module whose matrices are only partly named
-            keeps all blocks of the others.
+        masks: Mask of each matrix by `PrunableLayer.name`. An experts module or a convolution whose matrices are only
+            partly named keeps all blocks of the others; a recurrent module keeps the others dense.
 
     Raises:
         SparsifyError: If the module is of no kind, has no mask, or its weights are not in memory.
@@ -113,6 +198,12 @@ def to_sparse(module_name: str, module: nn.Module, masks: dict[str, BlockMask]) 
         raise SparsifyError(
             f"the weights of {module_name} are offloaded: load the model without offloading first"
         )
+    if isinstance(module, _ConvNd):
+        per_position = not masks.keys() <= set(_conv_weight(module, False).names(module_name))
+        weight = _conv_weight(module, per_position)
+        full = BlockMask.full(weight.shape, weight.block(given.block))
+        own = [masks.get(name, full) for name in weight.names(module_name)]
+        return _sparse_conv(module).from_conv(module, own, per_position=per_position)
     if kind == "experts":
         sparse = BlockSparseExperts(module)
         layers = matrices(module_name, module, given.block)
@@ -123,6 +214,9 @@ def to_sparse(module_name: str, module: nn.Module, masks: dict[str, BlockMask]) 
                 name, module.get_parameter(name), [masks.get(layer.name, full) for layer in own]
             )
         return sparse
+    if kind in SPARSE_CLASSES:
+        start = len(module_name) + 1
+        return SPARSE_CLASSES[kind](module, {name[start:]: mask for name, mask in masks.items()})
     weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
     if kind == "linear":
         return BlockSparseLinear.from_dense(weight, bias, masks[module_name]).train(module.training)
@@ -138,8 +232,13 @@ def dense_parameters(module: PackedModule) -> dict[str, Tensor]:
     """The packed weights as the dense module kept them, with zeros; detached copies by parameter name.
 
     Returns:
-        `weight` `(N, K)` for a linear layer, `(K, N)` for a Conv1D; each fused weight for experts.
+        `weight` `(N, K)` for a linear layer, `(K, N)` for a Conv1D, `(O, I / groups, *kernel)` for a convolution; each
+        fused weight for experts; each packed weight of a recurrent module.
     """
+    if isinstance(module, BlockSparseConv):
+        return {"weight": module.dense_weight()}
+    if isinstance(module, BlockSparseRecurrent):
+        return {name: module.dense_of(name) for name in module.packed}
     if isinstance(module, BlockSparseExperts):
         return {name: module.dense_parameter(name) for name in module.packed}
     assert isinstance(module, BlockSparseLinear)
@@ -155,6 +254,15 @@ def entry(module: PackedModule) -> dict[str, Any]:
             for name, p in module.packed.items()
         }
         return {"kind": "experts", "weights": weights}
+    if isinstance(module, BlockSparseRecurrent):
+        weights = {
+            name: {"shape": list(p.shape)} | _entry(p.block, p.blocks) for name, p in module.packed.items()
+        }
+        return {"kind": module.kind, "weights": weights}
+    if isinstance(module, BlockSparseConv):
+        sizes = {"shape": list(module.layout.full_shape), "groups": module.groups}
+        sizes |= {"per_position": True} if module.layout.per_position else {}
+        return {"kind": "convolution"} | sizes | _entry(module.block_shape, len(module.weight))
     assert isinstance(module, BlockSparseLinear)
     packed = module.packed["weight"]
     kind = "conv1d" if module.transposed else "linear"
@@ -180,7 +288,11 @@ def build(module_name: str, module: nn.Module, entry: dict[str, Any]) -> PackedM
     try:
         if kind != entry["kind"]:
             raise ValueError(f"it is a {entry['kind']} layer there, the model has {type(module).__name__}")
+        if isinstance(module, _ConvNd):
+            return _build_convolution(module, entry)
         found = matrices(module_name, module, BlockShape(8, 8))
+        if kind in SPARSE_CLASSES:
+            return _build_recurrent(module_name, module, kind, entry, found)
         if kind != "experts":
             shape, block, blocks = _read(entry, found[0].shape)
             dtype, bias = found[0].parameter.dtype, module._parameters.get("bias") is not None
@@ -198,6 +310,41 @@ def build(module_name: str, module: nn.Module, entry: dict[str, Any]) -> PackedM
         raise CheckpointError(
             f"quantization_config of layer {module_name!r} does not fit the model: {error}"
         ) from error
+
+
+def _build_convolution(module: _ConvNd, entry: dict[str, Any]) -> BlockSparseConv:
+    weight = _conv_weight(module, bool(entry.get("per_position")))
+    described = list(entry["shape"]), entry["groups"]
+    if described != (list(weight.full_shape), weight.groups):
+        raise ValueError(
+            f"its shape is {described[0]} in {described[1]} groups there, the model has {list(weight.full_shape)} in "
+            f"{weight.groups}"
+        )
+    block, blocks = BlockShape.parse(entry["block_shape"]), entry["blocks"]
+    rows, cols = weight.grid(block)
+    if not isinstance(blocks, int) or not 0 <= blocks <= rows * cols:
+        raise ValueError(f"it has {blocks} blocks, expected 0 to {rows * cols}")
+    sparse = _sparse_conv(module).like(
+        module,
+        block,
+        per_position=weight.per_position,
+        device="meta",
+        dtype=module.weight.dtype,
+        blocks=blocks,
+    )
+    return sparse.train(module.training)
+
+
+def _build_recurrent(
+    module_name: str, module: nn.Module, kind: str, entry: dict[str, Any], found: list[PrunableLayer]
+) -> PackedModule:
+    sparse = SPARSE_CLASSES[kind](module)
+    by_name = {layer.name: layer for layer in found}
+    for name, described in entry["weights"].items():
+        layer = by_name[f"{module_name}.{name}"]
+        shape, block, blocks = _read(described, layer.shape)
+        sparse.add_weight(name, shape, block, blocks, layer.parameter.dtype)
+    return sparse
 
 
 def _read(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockMask, BlockShape
+from sparsify.conv_weight import ConvWeight
 from sparsify.errors import CheckpointError
 from sparsify.kernels.storage import Topology, topology, unpack, validate_indices
 
@@ -27,6 +28,8 @@ class PackedWeight:
         shape: Logical `(N, K)` of one matrix.
         block: Block shape `(bo, bi)`.
         blocks: Stored blocks of all matrices together, `Z`.
+        conv: For a convolution, whose one stored matrix is padded to whole blocks at each kernel position, what its
+            weight is; see `sparsify.conv_weight`.
     """
 
     name: str
@@ -35,11 +38,23 @@ class PackedWeight:
     shape: tuple[int, int]
     block: BlockShape
     blocks: int
+    conv: ConvWeight | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
         """Block rows and block columns of one matrix, `(R, C)`."""
         return self.block.grid(self.shape)
+
+    @classmethod
+    def of_conv(cls, conv: ConvWeight, block: BlockShape, blocks: int) -> PackedWeight:
+        """The description of a convolution's weight."""
+        rows, cols = conv.grid(block)
+        return cls("weight", "", 1, (rows * block.rows, cols * block.cols), block, blocks, conv)
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of the weight: `(N, K)`, of a convolution `(O, I / groups, *kernel)`; several matrices not told."""
+        return self.shape if self.conv is None else self.conv.full_shape
 
 
 class PackedModule(nn.Module):

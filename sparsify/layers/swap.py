@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from sparsify.blocks import BlockMask, BlockShape
+from sparsify.blocks import BlockMask
 from sparsify.errors import SparsifyError
 from sparsify.layers.fusion import fuse
-from sparsify.layers.kinds import matrices, to_sparse
+from sparsify.layers.kinds import every_matrix, to_sparse
 from sparsify.layers.packed import PackedModule
 
 
@@ -47,7 +47,7 @@ def convert(model: nn.Module, masks: dict[str, BlockMask]) -> None:
     by_module: dict[str, dict[str, BlockMask]] = {}
     unclaimed = set(masks)
     for name, module in model.named_modules():
-        own = {layer.name for layer in matrices(name, module, BlockShape(8, 8))} & unclaimed
+        own = {layer.name for layer in every_matrix(name, module)} & unclaimed
         if own:
             by_module[name] = {key: masks[key] for key in own}
             unclaimed -= own
@@ -65,11 +65,7 @@ def sparse_modules(model: nn.Module) -> dict[str, PackedModule]:
 
 def masks_of(model: nn.Module) -> dict[str, BlockMask]:
     """Mask of every block-sparse weight matrix by the name that its dense `PrunableLayer` had."""
-    masks = {}
+    masks: dict[str, BlockMask] = {}
     for module_name, module in sparse_modules(model).items():
-        for packed in module.packed.values():
-            for index in range(packed.count):
-                single = packed.name == "weight"
-                name = module_name if single else f"{module_name}.{packed.name}.{index}"
-                masks[name] = module.mask_of(packed.name, index)
+        masks |= module.named_masks(module_name)
     return masks

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from sparsify.calibration import collect_statistics, needs_calibration
-from sparsify.preparation import make_pruner
+from sparsify.preparation import make_pruner, selected
 from sparsify.recipe import ENOUGH, CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
 from sparsify.stages.prune import order_units
 from sparsify.stages.state import State
-from sparsify.targets import select
 from sparsify.training.samples import Samples, in_dtype, load_samples
 
 SAMPLES = 128  # of what has no tokens, where the stage does not say how many
@@ -37,7 +36,7 @@ def run(stage: CalibrateStage, state: State) -> None:
         if "hessian" in pruner.requires:
             _compare_with_widths(settings, state)
         return
-    layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
+    layers = selected(state.model, settings).layers
     order_units(
         settings, state, layers, index
     )  # now: statistics are of inputs in the order that will be pruned
@@ -84,7 +83,7 @@ def _compare_with_widths(settings: Pruning, state: State) -> None:
     if None in counts:
         return
     tokens = sum(count or 0 for count in counts)
-    layers = select(state.model, settings.block, settings.targets, settings.ignore).layers
+    layers = selected(state.model, settings).layers
     widest = max(layers, key=lambda layer: layer.shape[1])
     if tokens < widest.shape[1]:
         state.note(

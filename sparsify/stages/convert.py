@@ -6,6 +6,7 @@ from sparsify.checkpoint.format import KEPT_DENSE
 from sparsify.checkpoint.quantizer import attach
 from sparsify.kernels.tuning_files import device_name
 from sparsify.layers import swap
+from sparsify.layers.kinds import dense_kind
 from sparsify.prediction import predict
 from sparsify.recipe import ConvertStage
 from sparsify.stages.state import State
@@ -40,8 +41,9 @@ def choose(state: State, dense_where_slower: str) -> None:
     unknown, slower = 0, {}
     for name, mask in layers.items():
         prediction = None
-        # Experts are swapped all together, and each works on the tokens that are sent to it: nothing predicts them.
-        if name in modules:
+        # Experts are swapped all together, and each works on the tokens that are sent to it: nothing predicts them, nor
+        # convolutions, whose pixels are never few.
+        if name in modules and dense_kind(modules[name]) != "convolution":
             prediction = predict(state.device, state.model.dtype, mask.block, mask.shape, mask.density)
         if prediction is None:
             unknown += 1

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsify import masking
 from sparsify.blocks import BlockMask
+from sparsify.conv_weight import as_linear
 from sparsify.layers.linear import BlockSparseLinear
 
 # More tokens than this tell nothing new, and would make the measurement itself slow.
@@ -42,6 +43,8 @@ def faster_form(
     shapes = Counter((mask.shape, mask.block) for mask in masks.values())
     for (shape, block), count in shapes.items():
         mask = next(mask for mask in masks.values() if (mask.shape, mask.block) == (shape, block))
+        mask = as_linear(mask) if block.positions > 1 else mask  # a convolution's patches
+        shape = mask.shape
         linear = nn.Linear(shape[1], shape[0], bias=False, device=device)
         sparse = BlockSparseLinear.from_linear(linear, mask)
         inputs = torch.randn(tokens, shape[1], device=device)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from sparsify.allocation import Budget
-from sparsify.blocks import BlockMask, BlockShape
+from sparsify.blocks import BlockMask
 from sparsify.calibration import needs_calibration
-from sparsify.layers.kinds import matrices
+from sparsify.layers.kinds import every_matrix
 from sparsify.permutation import gain, in_words, permute
 from sparsify.preparation import budget, prepare
 from sparsify.progress import Progress
@@ -102,6 +102,6 @@ def prune_layers(
 def restore_masks(model: nn.Module, masks: Mapping[str, BlockMask]) -> None:
     """Zeroes what masks of an earlier run removed from the model that they were made for."""
     for name, module in model.named_modules():
-        for layer in matrices(name, module, BlockShape(8, 8)):
+        for layer in every_matrix(name, module):
             if layer.name in masks:
                 remove_blocks(layer, masks[layer.name])

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed, nn
 
-from sparsify.blocks import BlockMask, BlockShape
+from sparsify.blocks import BlockMask
 from sparsify.errors import ConfigError
-from sparsify.layers.kinds import matrices
+from sparsify.layers.kinds import every_matrix
 from sparsify.pruner import PrunableLayer
 
 
@@ -28,7 +28,7 @@ def rebind(layers: Sequence[PrunableLayer], model: nn.Module) -> None:
     """
     found: dict[str, PrunableLayer] = {}
     for name, module in model.named_modules():
-        found.update((layer.name, layer) for layer in matrices(name, module, BlockShape(8, 8)))
+        found.update((layer.name, layer) for layer in every_matrix(name, module))
     for layer in layers:
         new = found.get(layer.name)
         if new is None or new.shape != layer.shape:

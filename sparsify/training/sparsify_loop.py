@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class SparsifyLoop(PruningLoop):
         """
         stored = self.stored()
         masks = {
-            name: {"keep": mask.keep, "shape": mask.shape, "block": (mask.block.rows, mask.block.cols)}
+            name: {"keep": mask.keep, "shape": mask.shape, "block": astuple(mask.block)}
             for name, mask in stored["masks"].items()
         }
         return {**stored, "masks": masks}
