@@ -8,6 +8,7 @@ a decoding step also keys and values. What stays in a cache can beat the limit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sparsify.bench.timing import race
-from sparsify.kernels import ops  # noqa: F401  (registers the operators)
+from sparsify.kernels import conv_ops, ops  # noqa: F401  (register the operators)
 from sparsify.layers.experts import BlockSparseExperts, projections
 
 # Side of the matrices and bytes of the copy: large enough for the full speed.
@@ -136,6 +137,12 @@ def _gated(x: Any, gate: Any, gate_bias: Any, gate_topology: Any, up: Any, *_: A
     return _dsd(x, gate) + _dsd(x, up)
 
 
+def _conv(x: Any, values: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    # A stored block meets every output pixel at its kernel position.
+    blocks, block_in, block_out = values
+    return 2 * math.prod(out_shape[:-1]) * blocks * block_in * block_out
+
+
 def _grouped(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     # Each row of `a` (tokens, K) meets one of the matrices `b` (groups, K, N).
     return 2 * a[0] * a[1] * b[-1]
@@ -149,6 +156,7 @@ _FORMULAS: dict[Any, Any] = {
     torch.ops.sparsify.dsd: _dsd,
     torch.ops.sparsify.activated: _dsd,
     torch.ops.sparsify.gated: _gated,
+    torch.ops.sparsify.conv: _conv,
     torch.ops.aten._grouped_mm: _grouped,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }

@@ -18,6 +18,7 @@ from sparsify.bench.limits import Limits, flops_of, weight_bytes
 from sparsify.bench.workloads import Workload, workloads
 from sparsify.checkpoint.densify import dense_skeleton
 from sparsify.errors import ConfigError, SparsifyError
+from sparsify.layers.convolution import BlockSparseConv2d
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.swap import sparse_modules
 from tests.architectures.zoo import BY_NAME
@@ -269,6 +270,15 @@ def test_arithmetic_of_stored_blocks_alone_is_counted(name):
         p.numel() for n, p in dense.named_parameters() if p.dim() == 2 and "embed" not in n and "wte" not in n
         and "wpe" not in n
     )  # fmt: skip
+
+
+def test_a_stored_block_of_a_convolution_meets_every_output_pixel():
+    keep = torch.tensor([[True, False], [True, True], [False, False], [False, True]])
+    conv = BlockSparseConv2d(32, 64, 3, 16, keep, stride=2, padding=1, bias=False).eval()
+    x = torch.randn(2, 32, 9, 7)
+    dense = flops_of(lambda: conv.to_conv()(x))
+    assert dense == 2 * 2 * 5 * 4 * 64 * 32 * 9
+    assert flops_of(lambda: conv(x)) == dense // 2
 
 
 def test_embeddings_are_read_by_row_and_experts_as_far_as_they_are_chosen():
