@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.allocation import allocate
 from sparsify.blocks import BlockMask, BlockShape
@@ -44,6 +44,7 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+STAGES = {"embedding_size": 32, "hidden_sizes": [64, 96, 192, 384]}
 EXPERTS = {
     **DECODER,
     "hidden_size": 128,
@@ -85,6 +86,7 @@ class Architecture:
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+        _settle(model, self.batch())
         return model
 
     def load(self, folder: Any, **options: Any) -> Any:
@@ -106,6 +108,20 @@ class Architecture:
         if "decoder" in self.inputs:
             batch["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
         return batch
+
+
+@torch.no_grad()
+def _settle(model: Any, batch: dict[str, Tensor]) -> None:
+    """Gives batch norms the statistics of a batch: with those of a new model, deep ones put out nothing but zeros."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        model.train()(**batch)
+        model.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def _clip() -> Any:
@@ -230,6 +246,44 @@ ARCHITECTURES = [
         ),
         block="16x16",
         routed=True,
+    ),
+    *(
+        Architecture(
+            name,
+            f"{model}ForImageClassification",
+            config,
+            "AutoModelForImageClassification",
+            block=block,
+            inputs=("pixels",),
+            generates=False,
+        )
+        for name, model, config, block in (
+            (
+                "resnet",
+                "ResNet",
+                lambda: hf.ResNetConfig(**STAGES, depths=[2, 1, 1, 1], layer_type="basic"),
+                "32x32",
+            ),
+            (
+                "resnet-bottleneck",
+                "ResNet",
+                lambda: hf.ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[1, 2, 1, 1]),
+                "16x16",
+            ),
+            (
+                "convnext",
+                "ConvNext",
+                lambda: hf.ConvNextConfig(hidden_sizes=STAGES["hidden_sizes"], depths=[1, 1, 2, 1]),
+                "32x16",
+            ),
+            ("mobilenet-v2", "MobileNetV2", lambda: hf.MobileNetV2Config(depth_multiplier=1.0), "8x16"),
+            (
+                "regnet",
+                "RegNet",
+                lambda: hf.RegNetConfig(**STAGES, depths=[1, 1, 1, 1], groups_width=16),
+                "8x8",
+            ),
+        )
     ),
 ]
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
