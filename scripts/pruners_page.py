@@ -20,11 +20,13 @@ COMMAND = """python scripts/bench_pruners.py --stsb path/to/sts-dev.csv --sst2 p
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The whole page."""
+    workers = sorted({row["workers"] for row in report["rows"]})
+    beside = " to ".join(map(str, dict.fromkeys((workers[0], workers[-1]))))
     introduction = (
         "Made by `scripts/bench_pruners.py`; do not edit. All linear layers of the transformer blocks are pruned. Rows "
         "of several seeds show the mean and, in brackets, the lowest and the highest. Seconds and peak GPU memory (of "
         "the model and the pruning) are the largest over the row's shapes, with "
-        f"{report['workers']} cases running side by side on the GPU; `steps` rows were trained, the others were not. "
+        f"{beside} cases running side by side on the GPU; `steps` rows were trained, the others were not. "
         "Rows whose quality is gone are here too; empty cells and absent pruners are not measured yet. "
         "What follows is in [pruners](../pruners.md#which-one)."
     )

@@ -84,12 +84,12 @@ def test_the_page_holds_means_and_ranges_of_both_models():
             "seed": seed,
             "seconds": 1.0,
         }
-        | {"books": books, "wikitext": 2e9, "peak_bytes": 3_000_000}
+        | {"books": books, "wikitext": 2e9, "peak_bytes": 3_000_000, "workers": 11}
         for seed, books in enumerate((100.0, 110.0, 120.0))
     ]
     rows += [
         {"model": "encoder", "block": block, "sparsity": 0.5, "method": "wanda", "seed": 0, "seconds": 2.0}
-        | {"spearman": 71.25, "peak_bytes": 0}
+        | {"spearman": 71.25, "peak_bytes": 0, "workers": 14}
         for block in ("16x16", "1x1")
     ]
     report = {
@@ -102,4 +102,5 @@ def test_the_page_holds_means_and_ranges_of_both_models():
     page = as_markdown(report)
     assert "| random_blocks | 110.0 (100.0-120.0) / 2e+09 (2e+09-2e+09) | 1 | 3 |" in page
     assert "| wanda | 71.2 | 2 |  |" in page and "| wanda | 71.2 |  | 2 |  |" in page
+    assert "with 11 to 14 cases running side by side" in page and "--workers 2 " in page
     assert "Dense: 63.8 / 1,180." in page and "`abc`" in page
