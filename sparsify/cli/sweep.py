@@ -11,8 +11,8 @@ import typer
 from sparsify.cli import console, options
 
 if TYPE_CHECKING:
-    from sparsify.sweep import Sweep
     from sparsify.sweep_file import Swept
+    from sparsify.sweep_plan import SweepPlan
 
 
 def sweep(
@@ -117,11 +117,12 @@ def sweep(
     from sparsify.cli.tune import numbers
     from sparsify.data import DataSpec
     from sparsify.sweep import Sweep
+    from sparsify.sweep_plan import SweepPlan
 
     console.quiet_transformers()
     columns = tuple(column) if column else None
     spec = DataSpec.parse(evaluation, split=split, columns=columns, length=length, samples=eval_samples)
-    work = Sweep(
+    plan = SweepPlan(
         model,
         [part.strip() for part in blocks.split(",") if part.strip()],
         numbers(sparsities),
@@ -148,18 +149,17 @@ def sweep(
         minutes=minutes,
         force=force,
         dtype=dtype,
-        progress=console.RichProgress(),
         device=device,
         task=task,
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
-        _print_plan(work, json)
+        _print_plan(plan, json)
         return
-    found = work.run()
+    found = Sweep(plan, console.RichProgress()).run()
     if json:
-        console.print_json({**found.to_dict(), "file": str(work.file)})
+        console.print_json({**found.to_dict(), "file": str(plan.file)})
         return
     given: dict[str, Any] = {
         "data": data,
@@ -173,7 +173,7 @@ def sweep(
         "scope": scope if scope != "global" else None,
         "length": length if data and length != 512 else None,
     }
-    _print(work, found, ["sparsify", "prune", model, "--out", "DIR", *_as_options(given)])
+    _print(plan, found, ["sparsify", "prune", model, "--out", "DIR", *_as_options(given)])
 
 
 def _as_options(given: dict[str, Any]) -> list[str]:
@@ -188,21 +188,21 @@ def _as_options(given: dict[str, Any]) -> list[str]:
     return words
 
 
-def _print_plan(work: Sweep, as_json: bool) -> None:
-    left = [{"block": block, "sparsity": sparsity} for block, sparsity in work.left]
+def _print_plan(plan: SweepPlan, as_json: bool) -> None:
+    left = [{"block": block, "sparsity": sparsity} for block, sparsity in plan.missing(plan.found)]
     if as_json:
-        plan = {"pairs": len(work.pairs), "left": left, "workloads": work.settings["workloads"]}
-        console.print_json(plan | {"device": str(work.device), "file": str(work.file)})
+        facts = {"pairs": len(plan.pairs), "left": left, "workloads": plan.settings["workloads"]}
+        console.print_json(facts | {"device": str(plan.device), "file": str(plan.file)})
         return
-    console.say(f"{len(work.pairs)} pairs, {len(left)} to be measured on {work.settings['device']}:")
+    console.say(f"{len(plan.pairs)} pairs, {len(left)} to be measured on {plan.settings['device']}:")
     console.say("  " + ", ".join(f"{pair['block']} at {pair['sparsity']:.0%}" for pair in left))
     console.say(
-        f"quality on {work.settings['evaluated_on']}, speed in {'; '.join(work.settings['workloads'])}"
+        f"quality on {plan.settings['evaluated_on']}, speed in {'; '.join(plan.settings['workloads'])}"
     )
-    console.say(f"would be written to {work.file}")
+    console.say(f"would be written to {plan.file}")
 
 
-def _print(work: Sweep, found: Swept, command: list[str]) -> None:
+def _print(plan: SweepPlan, found: Swept, command: list[str]) -> None:
     from sparsify import front
 
     console.print_table(*found.table())
@@ -226,8 +226,8 @@ def _print(work: Sweep, found: Swept, command: list[str]) -> None:
     if any(found.best(workload) is not None for workload in found.works):
         console.say(f"the choice is {front.rule(found.max_loss, found.metric)}")
     if found.left:
-        console.say(f"{found.left} of {len(work.pairs)} pairs are left: run it again to go on")
-    console.say(f"written to {console.absolute(work.file)} and sweep.png")
+        console.say(f"{found.left} of {len(plan.pairs)} pairs are left: run it again to go on")
+    console.say(f"written to {console.absolute(plan.file)} and sweep.png")
 
 
 def _why_none(found: Swept, workload: str) -> str:

@@ -192,7 +192,9 @@ def test_the_best_choice_is_named_with_its_command(model, texts, tmp_path, monke
     def times(self, pruned, dense):
         layer = pruned.model.layers[0].mlp.up_proj
         speed = 4.0 * (1 - layer.density) * (2 if layer.block_shape.rows == 64 else 1)
-        return {str(work): {"speedup": speed, "dense_us": speed, "sparse_us": 1.0} for work in self.works}
+        return {
+            str(work): {"speedup": speed, "dense_us": speed, "sparse_us": 1.0} for work in self.plan.works
+        }
 
     monkeypatch.setattr(Sweep, "_times", times)
     arguments = ("--method", "magnitude", "--scope", "layer", "--max-loss", "1000")
