@@ -289,7 +289,7 @@ def _run(x: Tensor, weights: Sequence[Weight], width: int, activation: str) -> T
     frozen = [unchanged(values) for values, _, _ in weights]  # of each: it takes note of them
     early = all(frozen) and not torch.is_grad_enabled()
     operands = [
-        (id(topo.col), values.data_ptr(), bias if bias is None else bias.data_ptr() % 16)
+        (id(topo.col), values.shape, bias if bias is None else bias.data_ptr() % 16)
         for values, bias, topo in weights
     ]
     key = ("decode", x.shape[0], x.stride(0), x.dtype, width, activation, *operands)

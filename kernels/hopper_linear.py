@@ -234,7 +234,7 @@ def _run(
         x.stride(0),
         x.dtype,
         width,
-        values.data_ptr(),
+        values.shape,  # not its address: in mixed precision it is another copy in each step
         aligned,
         activation,
         transpose,

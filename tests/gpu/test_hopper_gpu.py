@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsify.kernels import dispatch
+from sparsify.kernels.schedule import plans
 from tests.kernels.oracle import Case, check_products
 
 pytestmark = [
@@ -134,6 +135,22 @@ def test_weights_written_by_the_kernel_in_front_are_not_read_early():
             again = product()
             assert torch.equal(after, again)
             other = torch.randn_like(other)
+
+
+@pytest.mark.parametrize("tokens", [8, 512])
+def test_weights_that_move_are_served_by_one_plan(tokens):
+    from tests.kernels.oracle import make
+
+    case = Case(tokens, 512, 512, (64, 64), 0.5, bias=False)
+    o = make(case, torch.bfloat16, "cuda")
+    kernel = dispatch.choose("dsd", o.x, o.values, (64, 64), 512)
+    first, copies = kernel(o.x, o.values, None, o.topo, 512), [o.values.clone() for _ in range(5)]
+    made = len(plans(o.topo))
+    assert made > 0
+    for values in copies:  # as mixed precision makes them, at another address in each step
+        assert torch.equal(kernel(o.x, values, None, o.topo, 512), first)
+        assert not torch.equal(kernel(o.x, -2 * values, None, o.topo, 512), first)
+    assert len(plans(o.topo)) == made
 
 
 def test_a_changed_mask_is_not_served_from_the_cache():
