@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsify.kernels import reference
 from sparsify.kernels.conv_geometry import Geometry
+from sparsify.kernels.schedule import cached
 from sparsify.kernels.storage import Topology, topology
 
 
@@ -34,10 +35,15 @@ class _Part(NamedTuple):
     topo: Topology
 
 
-def _parts(
+def _parts(topo: Topology, geometry: Geometry, block: tuple[int, int], size: tuple[int, int]) -> list[_Part]:
+    """The parts of a weight that have blocks and meet pixels of an input of `size`; made once for each size."""
+    key = "conv", geometry, block, size
+    return cached(topo, key, lambda: list(_make_parts(topo, geometry, block, size)))
+
+
+def _make_parts(
     topo: Topology, geometry: Geometry, block: tuple[int, int], size: tuple[int, int]
 ) -> Iterator[_Part]:
-    """The parts of a weight that have blocks and meet pixels of an input of `size`."""
     rows, cols = geometry.grid(*block)
     row, col = topo.row.long(), topo.col.long()
     part = row // rows * geometry.positions + col // cols

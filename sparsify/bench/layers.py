@@ -1,9 +1,14 @@
-"""A model's block-sparse layers, each distinct one timed against a dense layer of the same shape."""
+"""A model's block-sparse layers, each distinct one timed against a dense layer of the same shape.
+
+Convolutions see channels-last images, the dense one too, with cuDNN free to try its algorithms; their tokens are output
+pixels, in images of 14 x 14.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +21,7 @@ from sparsify.bench.limits import Limits, experts_per_token, flops_of, weight_by
 from sparsify.bench.timing import race
 from sparsify.checkpoint.densify import dense_equivalent
 from sparsify.layers import kinds
+from sparsify.layers.convolution import BlockSparseConv, BlockSparseConv2d
 from sparsify.layers.experts import BlockSparseExperts
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.packed import PackedModule
@@ -26,6 +32,8 @@ DENSITY_STEP = 0.02
 # On a GPU a graph holds calls of this many copies of a layer: what starting the graph costs is shared by them, and
 # each reads its own weights, cold.
 COPIES = 8
+# Side of a convolution's output images.
+IMAGE = 14
 # Two products and an activation follow each other in an expert.
 EXPERTS_BUDGET = 4
 
@@ -38,7 +46,7 @@ class Group:
         names: Their names in the model.
         name: The one of median density, which is measured.
         module: That one.
-        kind: `linear`, `conv1d` or `experts`.
+        kind: `linear`, `conv1d`, `experts` or `convolution`.
         density: Its density, 0 to 1.
     """
 
@@ -52,7 +60,7 @@ class Group:
         """Shape, block, density and bytes of one layer of the group, as JSON values."""
         module, packed = self.module, list(self.module.packed.values())
         values = [module.get_parameter(weight.name) for weight in packed]
-        elements = [weight.count * weight.shape[0] * weight.shape[1] for weight in packed]
+        elements = [weight.count * math.prod(weight.full_shape) for weight in packed]
         indices = sum(
             buffer.nbytes for buffer in module.buffers(recurse=False) if buffer.dtype == torch.int32
         )
@@ -61,7 +69,7 @@ class Group:
             "name": self.name,
             "names": self.names,
             "kind": self.kind,
-            "shapes": [[weight.count, *weight.shape] if experts else list(weight.shape) for weight in packed],
+            "shapes": [[w.count, *w.shape] if experts else list(w.full_shape) for w in packed],
             "block": str(packed[0].block),
             "density": self.density,
             "dtype": str(values[0].dtype).removeprefix("torch."),
@@ -75,9 +83,10 @@ def groups(model: nn.Module) -> list[Group]:
     found: dict[Any, list[tuple[float, str, PackedModule]]] = {}
     for name, module in sparse_modules(model).items():
         weights = tuple((p.count, p.shape, p.block) for p in module.packed.values())
+        geometry = getattr(module, "geometry", None)
         dtypes = tuple((key, value.dtype) for key, value in module.named_parameters(recurse=False))
         density = _density(module)
-        key = (_kind(module), weights, dtypes, round(density / DENSITY_STEP))
+        key = (_kind(module), weights, geometry, dtypes, round(density / DENSITY_STEP))
         found.setdefault(key, []).append((density, name, module))
     result = []
     for (kind, *_), members in found.items():
@@ -123,6 +132,9 @@ def measure_group(
     for name, packed in sparse.packed.items():
         # Zeros would draw less power on a GPU, and flatter the dense layer.
         nn.init.normal_(dense.get_parameter(name), std=1 / math.sqrt(packed.shape[1]))
+    if isinstance(sparse, BlockSparseConv2d):
+        weight = dense.get_parameter("weight")
+        weight.data = weight.data.to(memory_format=torch.channels_last)
     copies = _copies(dense, device)
     contestants = {
         "dense": [dense, *(deepcopy(dense) for _ in range(copies - 1))],
@@ -131,7 +143,8 @@ def measure_group(
     rows = []
     for count in counts:
         calls = {name: _each(layers, inputs[count]) for name, layers in contestants.items()}
-        times = race(calls, device, repeats)
+        with _cudnn_chooses(isinstance(sparse, BlockSparseConv)):
+            times = race(calls, device, repeats)
         row: dict[str, Any] = {"tokens": count}
         for name, layers in contestants.items():
             row[f"{name}_us"] = times.seconds[name] / copies * 1e6
@@ -164,12 +177,35 @@ def _inputs(sparse: PackedModule, skeleton: nn.Module, tokens: int) -> tuple[Ten
     parameter = next(sparse.parameters())
     place: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
     first = next(iter(sparse.packed.values()))
+    if isinstance(sparse, BlockSparseConv):
+        return (_images(sparse, tokens, place),)
     hidden = torch.randn(tokens, first.shape[1], **place)
     if not isinstance(sparse, BlockSparseExperts):
         return (hidden,)
     chosen = min(experts_per_token(skeleton) or 1, sparse.num_experts)
     slots = torch.arange(tokens * chosen, device=parameter.device).view(tokens, chosen)
     return hidden, slots % sparse.num_experts, torch.full((tokens, chosen), 1 / chosen, **place)
+
+
+def _images(sparse: BlockSparseConv, pixels: int, place: dict[str, Any]) -> Tensor:
+    """Channels-last images with so many output pixels, or some more."""
+    side = min(IMAGE, math.ceil(pixels ** (1 / sparse.dimensions)))
+    windows = zip(sparse.kernel_size, sparse.stride, sparse.dilation, strict=True)
+    # Large enough for the kernel whatever the padding is.
+    sizes = [max(stride * side, dilation * (kernel - 1) + 1) for kernel, stride, dilation in windows]
+    images = torch.randn(math.ceil(pixels / side**sparse.dimensions), *sizes, sparse.in_channels, **place)
+    return images.movedim(-1, 1)
+
+
+@contextmanager
+def _cudnn_chooses(wanted: bool) -> Iterator[None]:
+    """Lets cuDNN choose its fastest algorithm by trying them."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @torch.no_grad()
@@ -186,7 +222,8 @@ def _exact_layer(sparse: PackedModule, dense: nn.Module) -> nn.Module:
 
     transformers' fused experts have no float64 kernel on every device.
     """
-    double = isinstance(sparse, BlockSparseLinear) or next(sparse.parameters()).dtype == torch.float64
+    exact = (BlockSparseLinear, BlockSparseConv)
+    double = isinstance(sparse, exact) or next(sparse.parameters()).dtype == torch.float64
     # A copy: `.to` works in place, and the biases are the sparse layer's own.
     return deepcopy(dense_equivalent(sparse, dense)).to(torch.float64 if double else torch.float32)
 
@@ -201,8 +238,10 @@ def _check(group: Group, exact: nn.Module, inputs: tuple[Tensor, ...]) -> float:
         poison = torch.full_like(wanted, float("nan"), dtype=hidden.dtype)
         del poison
         actual = sparse(*inputs)
-        if isinstance(sparse, BlockSparseLinear):
-            weight = sparse.dense_weight().to(precision)
+        if isinstance(sparse, BlockSparseConv):
+            wanted, actual = wanted.movedim(1, -1).flatten(0, -2), actual.movedim(1, -1).flatten(0, -2)
+        if isinstance(sparse, (BlockSparseLinear, BlockSparseConv)):
+            weight = sparse.dense_weight().to(precision).flatten(1)
             scale = weight.norm(dim=1) + (0 if sparse.bias is None else sparse.bias.to(precision).abs())
         else:
             scale, budget = wanted.square().mean().sqrt(), EXPERTS_BUDGET * budget
@@ -214,9 +253,5 @@ def _kind(module: PackedModule) -> str:
 
 
 def _density(module: PackedModule) -> float:
-    kept = elements = 0
-    for weight in module.packed.values():
-        for index in range(weight.count):
-            kept += module.mask_of(weight.name, index).elements_kept
-        elements += weight.count * weight.shape[0] * weight.shape[1]
-    return kept / elements
+    masks = module.named_masks("").values()
+    return sum(mask.elements_kept for mask in masks) / sum(math.prod(mask.shape) for mask in masks)

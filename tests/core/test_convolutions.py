@@ -331,3 +331,24 @@ def test_a_linear_layer_that_multiplies_as_much():
     mask = as_linear(BlockMask(keep, (12, 20 * 9), block))
     assert mask.shape == (12, 32 * 9) and mask.block == BLOCK
     assert mask.blocks_kept == 9 * 2
+
+
+def test_bench_measures_convolutions_beside_dense_ones(net):
+    from sparsify.bench.layers import groups, measure_group
+    from sparsify.bench.limits import Limits
+    from sparsify.errors import SparsifyError
+
+    sparsify.prune(net, block=BLOCK, sparsity=0.5)
+    net.blocks[1][2].weight.data.mul_(2)
+    found = {group.name: group for group in groups(net)}
+    described = found["blocks.1.0"].describe()
+    assert described["kind"] == "convolution" and described["shapes"] == [[64, 24, 3, 3]]
+    assert described["bytes_dense"] == 4 * 64 * 24 * 9
+    limits = Limits(1e12, 1e12)
+    for group in found.values():
+        (row,) = measure_group(group, Net(), [100], 1, lambda: None, limits)
+        assert row["tokens"] == 100 and row["error"] < 1e-5 and row["speedup"] > 0
+    broken = found["blocks.1.0"]
+    broken.module.forward = lambda x: broken.module.to_conv()(x) * 1.01
+    with pytest.raises(SparsifyError, match=r"blocks.1.0 at .* differs from its dense equivalent"):
+        measure_group(broken, Net(), [100], 1, lambda: None, limits)
