@@ -190,7 +190,8 @@ class SweepPlan:
             return None
         found = sweep_file.read(self.file)
         differ = sorted(key for key in self.settings if self.settings[key] != found.settings.get(key))
-        if differ:
+        # Where nothing is left to be measured, another machine may choose anew, or draw.
+        if differ and (differ != ["device"] or self.missing(found)):
             raise ConfigError(
                 f"{self.file} was measured with another {' and another '.join(differ)}: name another folder with "
                 f"--out, or start over with --force"

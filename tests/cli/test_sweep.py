@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import sparsify
-from sparsify import quality, sweep_file
+from sparsify import quality, sweep_file, sweep_plan
 from sparsify.cli.main import app
 from sparsify.data import DataSpec, causal_blocks
 from sparsify.layers.linear import BlockSparseLinear
@@ -142,6 +142,19 @@ def test_an_interrupted_sweep_goes_on_and_a_finished_one_is_not_repeated(model, 
     refused(sweep(model, texts, out, "--method", "magnitude", "--dtype", "bfloat16"), "another dtype")
     assert sweep(model, texts, out, "--method", "magnitude", "--force").exit_code == 0
     assert len(seen) == 9
+
+
+def test_another_machine_may_choose_but_not_measure(model, texts, tmp_path, monkeypatch):
+    out = tmp_path / "sweep"
+    one = ("--method", "magnitude", "--blocks", "32x32", "--sparsities", "0.5")
+    assert sweep(model, texts, out, *one).exit_code == 0
+    before = json.loads((out / "sweep.json").read_text())
+    monkeypatch.setattr(sweep_plan, "device_name", lambda device: "another")
+    refused(sweep(model, texts, out, "--method", "magnitude"), "was measured with another device")
+    assert sweep(model, texts, out, *one, "--max-loss", "3").exit_code == 0
+    after = json.loads((out / "sweep.json").read_text())
+    assert (after["rows"], after["settings"]) == (before["rows"], before["settings"])
+    assert after["rule"] == "the fastest that loses at most 3 per cent more perplexity"
 
 
 def test_minutes_are_kept_to(model, texts, tmp_path):
