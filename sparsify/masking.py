@@ -185,6 +185,12 @@ class _MaskedParameter:
     def zeroed(self, weight: Tensor, keep: Tensor) -> Tensor:
         """A tensor laid out as the parameter with 0 (never -0 or NaN) where `keep` `(..., R, C)` is False."""
         shape = weight.shape if self.conv is None else self.conv.shape
+        whole = all(size % side == 0 for size, side in zip(shape[-2:], self.block, strict=True))
+        if (
+            whole and self.conv is None and not _is_sharded(weight)
+        ):  # blocks are a view: nothing is written out
+            blocks = weight.unflatten(-1, (-1, self.block[1])).unflatten(-3, (-1, self.block[0]))
+            return torch.where(keep[..., :, None, :, None], blocks, 0).flatten(-2).flatten(-3, -2)
         elements = keep.repeat_interleave(self.block[0], -2).repeat_interleave(self.block[1], -1)
         elements = elements[..., : shape[-2], : shape[-1]]
         return _zero(weight, elements if self.conv is None else self.conv.join(elements))
@@ -274,8 +280,12 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None, None
 
 
+def _is_sharded(weight: Tensor) -> bool:
+    return hasattr(weight, "device_mesh")
+
+
 def _zero(weight: Tensor, elements: Tensor) -> Tensor:
-    if hasattr(weight, "device_mesh"):  # sharded by FSDP: each rank masks its own part
+    if _is_sharded(weight):  # by FSDP: each rank masks its own part
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = weight.device_mesh, weight.placements  # pyright: ignore[reportAttributeAccessIssue]
