@@ -142,13 +142,6 @@ def _alone(stages: list[Any]) -> None:
     del _training(stages)["distill"]
 
 
-def _steps(factor: float) -> Callable[[list[Any]], None]:
-    def change(stages: list[Any]) -> None:
-        _training(stages)["steps"] = round(_training(stages)["steps"] * factor)
-
-    return change
-
-
 def _not_reconstructed(stages: list[Any]) -> None:
     next(stage for stage in stages if stage["stage"] == "prune")["reconstruct"] = 0
 
@@ -159,14 +152,30 @@ CHANGES: dict[str, Callable[[list[Any]], None]] = {
     "magnitude before the training": _once("magnitude"),
     "magnitude, cubic schedule": _search("magnitude"),
     "group lasso": _search("group_lasso"),
+    "movement": _search("movement"),
+    "prune and grow": _search("prune_and_grow"),
     "without reconstruction": _not_reconstructed,
     "task loss alone": _alone,
     "without hidden states": _distill(hidden=0),
-    "a quarter of the steps": _steps(0.25),
 }
-# The changes of every ablation, and where they are measured.
-ABLATED = (("lm", "64x64", 0.75), ("encoder", "32x32", 0.75))
-NOT_FOR_THE_ENCODER = ("task loss alone", "a quarter of the steps")  # it has no labels; 20 runs in all
+# Where one thing at a time is changed, and what; with the block shapes 20 runs at most.
+ABLATIONS: dict[tuple[str, str, float], tuple[str, ...]] = {
+    ("lm", "64x64", 0.75): (
+        "magnitude before the training",
+        "magnitude, cubic schedule",
+        "group lasso",
+        "movement",
+        "without reconstruction",
+        "task loss alone",
+        "without hidden states",
+    ),
+    ("encoder", "32x32", 0.75): (
+        "magnitude before the training",
+        "magnitude, cubic schedule",
+        "without reconstruction",
+        "without hidden states",
+    ),
+}
 SHAPES = ("16x16", "32x32", "64x64", "128x16", "128x128")
 
 
@@ -183,10 +192,9 @@ def cases() -> Iterator[Case]:
     yield Case("lm", "64x64", 0.75, SCRATCH, 0)
     for sparsity in (0.5, 0.75, 0.9):
         yield Case("lm", "64x64", sparsity, SMALLER, 0)
-    for task, block, sparsity in ABLATED:
-        for change in CHANGES:
-            if change != DEFAULT and (task != "encoder" or change not in NOT_FOR_THE_ENCODER):
-                yield Case(task, block, sparsity, change, 0)
+    for (task, block, sparsity), changes in ABLATIONS.items():
+        for change in changes:
+            yield Case(task, block, sparsity, change, 0)
         for shape in SHAPES:
             if shape != block:
                 yield Case(task, shape, sparsity, DEFAULT, 0)
@@ -286,7 +294,7 @@ def _from_scratch(case: Case, options: argparse.Namespace, folder: Path, out: Pa
     training = {
         "stage": "finetune",
         "steps": _scaled(steps, options),
-        "batch": REFERENCE_BATCH // 4,
+        "batch": _scaled(REFERENCE_BATCH // 4, options),
         "accumulate": 4,
         "learning_rate": 1.5e-3,
         "warmup": 0.05,
