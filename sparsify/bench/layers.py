@@ -7,8 +7,7 @@ pixels, in images of 14 x 14.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsify.bench import agreement
 from sparsify.bench.limits import Limits, experts_per_token, flops_of, weight_bytes
-from sparsify.bench.timing import race
+from sparsify.bench.timing import cudnn_chooses, race
 from sparsify.checkpoint.densify import dense_equivalent
 from sparsify.layers import kinds
 from sparsify.layers.convolution import BlockSparseConv, BlockSparseConv2d
@@ -143,7 +142,7 @@ def measure_group(
     rows = []
     for count in counts:
         calls = {name: _each(layers, inputs[count]) for name, layers in contestants.items()}
-        with _cudnn_chooses(isinstance(sparse, BlockSparseConv)):
+        with cudnn_chooses(isinstance(sparse, BlockSparseConv)):
             times = race(calls, device, repeats)
         row: dict[str, Any] = {"tokens": count}
         for name, layers in contestants.items():
@@ -195,17 +194,6 @@ def _images(sparse: BlockSparseConv, pixels: int, place: dict[str, Any]) -> Tens
     sizes = [max(stride * side, dilation * (kernel - 1) + 1) for kernel, stride, dilation in windows]
     images = torch.randn(math.ceil(pixels / side**sparse.dimensions), *sizes, sparse.in_channels, **place)
     return images.movedim(-1, 1)
-
-
-@contextmanager
-def _cudnn_chooses(wanted: bool) -> Iterator[None]:
-    """Lets cuDNN choose its fastest algorithm by trying them."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or wanted
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 @torch.no_grad()

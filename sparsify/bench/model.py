@@ -13,7 +13,7 @@ from sparsify import measure
 from sparsify.bench import agreement
 from sparsify.bench.energy import Energy
 from sparsify.bench.limits import Limits, flops_of, weight_bytes
-from sparsify.bench.timing import LineUp, line_up
+from sparsify.bench.timing import LineUp, cudnn_chooses, line_up
 from sparsify.bench.workloads import Task, Workload
 from sparsify.layers.experts import BlockSparseExperts
 from sparsify.layers.swap import sparse_modules
@@ -136,12 +136,13 @@ def timed(
         eager: Whether what can be replayed as CUDA graphs is timed eagerly as well.
     """
     calls = {name: task.call for name, task in tasks.items()}
-    ways = [line_up(calls, device)]
-    if eager and ways[0].timing == "graph":
-        ways.append(line_up(calls, device, graphs=False))
+    with cudnn_chooses():
+        ways = [line_up(calls, device)]
+        if eager and ways[0].timing == "graph":
+            ways.append(line_up(calls, device, graphs=False))
+        raced = [way.race(repeats) for way in ways]
     rows = []
-    for way in ways:
-        times = way.race(repeats)
+    for way, times in zip(ways, raced, strict=True):
         entry = dict(row)
         for name, task in tasks.items():
             seconds = times.seconds[name]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,17 @@ def race(calls: Mapping[str, Call], device: torch.device, repeats: int, *, graph
         graphs: Whether to try CUDA graphs.
     """
     return line_up(calls, device, graphs=graphs).race(repeats)
+
+
+@contextmanager
+def cudnn_chooses(wanted: bool = True) -> Iterator[None]:
+    """Lets cuDNN choose its fastest algorithm by trying them, which it does when a convolution first sees a size."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _rounds(calls: Mapping[str, Call], repeats: int, clock: Callable[[Call], float], timing: str) -> Times:

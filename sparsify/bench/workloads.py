@@ -54,11 +54,15 @@ class Workload:
         return f"{self.what} of {tokens_said(self.tokens, self.batch)}"
 
     def on(self, model: nn.Module) -> Task:
-        """Makes it ready to be run, with random inputs: the same for every model of an architecture."""
+        """Makes it ready to be run, with random inputs: the same for every model of an architecture.
+
+        Weights of convolutions are put channels last, where they are fastest.
+        """
         if self.what == DECODE:
             return _decoding(self, model)
         if self.unit == "sample":
-            inputs = measure.like_inputs(model, self.sample, self.batch)
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            inputs = _channels_last(measure.like_inputs(model, self.sample, self.batch))
         else:
             inputs = measure.token_inputs(model, self.tokens, self.batch)
             # All ones: without it no model waits for the GPU to find that out.
@@ -152,6 +156,13 @@ def tokens_said(count: int, batch: int = 1) -> str:
     if batch > 1:
         return f"{batch} x {count} tokens"
     return f"{count} token" if count == 1 else f"{count} tokens"
+
+
+def _channels_last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key: value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+        for key, value in inputs.items()
+    }
 
 
 def _steps(device: torch.device) -> int:
