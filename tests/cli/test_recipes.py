@@ -41,6 +41,7 @@ CASES = {
     "seq2seq_translation": Case(checkpoints.t5, checkpoints.targets, checkpoints.targets, "16x16"),
     "vit_classification": Case(checkpoints.vit, checkpoints.pictures, checkpoints.pictures, "16x16"),
     "group_lasso_from_scratch": Case(),
+    "small_world_from_scratch": Case(),
 }
 
 
