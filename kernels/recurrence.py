@@ -1,9 +1,9 @@
 """The recurrent half of LSTM and GRU layers with block-sparse weights, one layer and direction at a time.
 
 The input's half of the gates comes ready, from one product over all time steps. Here each step is one product with the
-hidden state and one function of the gates (`cells`, on GPUs the kernels of `triton_cells`); the way back is the same in
-reverse, and the weight's gradient is one product over all time steps at its end. Nothing waits for the GPU, so that the
-whole of it can be recorded as a CUDA graph.
+hidden state and one function of the gates (`cells`, on GPUs the kernels of `triton_cells`); or all steps are one
+launch, where `triton_recurrence` takes them. The way back is the same in reverse, and the weight's gradient is one
+product over all time steps at its end. Nothing waits for the GPU, so that all of it can be recorded as a CUDA graph.
 
 Sequences of different lengths are laid out as in `torch.nn.utils.rnn.PackedSequence`: the longest first, and for each
 time step the sequences that are still running, one step after the other.
@@ -114,6 +114,25 @@ def _cells(x: Tensor) -> ModuleType:
     return triton_cells
 
 
+# Whether all time steps may be one launch; benchmarks compare both ways.
+PERSISTENT = True
+
+
+def _whole(x: Tensor, weight: Weight, projection: Weight | None, units: int, sizes: Sequence[int]) -> Any:
+    """`triton_recurrence`, if it runs all the steps of this layer in one launch; else `None`."""
+    if (
+        not PERSISTENT
+        or not x.is_cuda
+        or x.dtype == torch.float64
+        or weight.topo is None
+        or projection is not None
+    ):
+        return None
+    from sparsify.kernels import triton_recurrence
+
+    return triton_recurrence if triton_recurrence.takes(x, weight.values, units, sizes) else None
+
+
 def _steps(sizes: Sequence[int], reverse: bool) -> Iterator[tuple[slice, int]]:
     """Rows and number of sequences of each time step, in the order in which they run."""
     steps = [(slice(end - size, end), size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
@@ -162,8 +181,12 @@ def forward(
     reverse: bool,
     keep: bool,
     cells: ModuleType | None = None,
+    whole: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`recurrence`, and with `keep` what the way back needs: `saved` `(S, 4 H)` and `before` `(S, H)` (see `cells`)."""
+    """`recurrence`, and with `keep` what the way back needs: `saved` `(S, 4 H)` and `before` `(S, H)` (see `cells`).
+
+    `cells` is where the functions of the gates run, `whole` what runs all steps at once; both are chosen if left out.
+    """
     cells = cells or _cells(gates)
     gates, h = gates.contiguous(), h0.contiguous()
     rows, batch, lstm = gates.shape[0], h0.shape[0], c0 is not None
@@ -174,6 +197,14 @@ def forward(
     saved = gates.new_empty(rows if keep else 0, 4 * units)
     before = gates.new_empty(rows if keep and lstm else 0, units, dtype=dtype)
     c = gates.new_empty(0, units, dtype=dtype) if c0 is None else c0.to(dtype, copy=True).contiguous()
+    whole = whole or _whole(gates, weight, projection, units, sizes)
+    if whole is not None and weight.topo is not None:
+        kept = (saved if keep else None, before if keep and lstm else None)
+        whole.forward(
+            gates, h, c if lstm else None, weight.values, weight.topo, bias, len(sizes), reverse, y, *kept
+        )
+        h = y[:batch] if reverse else y[-batch:]
+        return y, h.clone(), c.to(gates.dtype, copy=True), saved, before
     one_size = not sizes or sizes[0] == sizes[-1]
     h = h if one_size else h.clone()
     hidden = gates.new_empty(batch, units) if projection is not None else None
@@ -213,6 +244,7 @@ def backward(
     need_weight: bool,
     need_projection: bool,
     cells: ModuleType | None = None,
+    whole: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `gates`, `h0`, `c0`, the weight, its bias and the projection.
 
@@ -232,6 +264,7 @@ def backward(
         need_weight: Whether the weight's gradient is wanted; if not, it is empty.
         need_projection: The same of the projection.
         cells: Where the functions of the gates run.
+        whole: What runs all steps at once.
     """
     cells = cells or _cells(y)
     rows, units = saved.shape[0], saved.shape[1] // 4
@@ -244,23 +277,30 @@ def backward(
     past = dc.to(dtype, copy=True).contiguous() if lstm else y.new_zeros(batch, units, dtype=dtype)
     dh = dh.to(y.dtype, copy=True).contiguous()
     dhidden = y.new_empty(rows if projection is not None else 0, outputs)
-    for at, size in reversed(list(_steps(sizes, reverse))):
-        if not size:
-            continue
-        if projection is not None:
-            torch.add(dy[at], dh[:size], out=dhidden[at])
-            inner = _product_back(dhidden[at], projection, units)
-            cells.lstm_back(None, inner, past[:size], saved[at], before[at], dgates[at])
-        elif lstm:
-            cells.lstm_back(dy[at], dh[:size], past[:size], saved[at], before[at], dgates[at])
-        else:
-            args = dy[at], dh[:size], past[:size], saved[at], state[at], dgates[at], dproduct[at]
-            cells.gru_back(*args)
-        step = _product_back(dproduct[at], weight, outputs)
-        if size == batch:
-            dh = step
-        else:
-            dh[:size] = step
+    whole = whole or _whole(y, weight, projection, units, sizes)
+    if whole is not None and weight.topo is not None:
+        carried = (before if lstm else state, weight.values, weight.topo, len(sizes), reverse, lstm)
+        whole.backward(dy, dh, past, saved, *carried, dgates, dproduct)
+        first = slice(rows - batch, rows) if reverse else slice(batch)
+        dh = _product_back(dproduct[first], weight, outputs)
+    else:
+        for at, size in reversed(list(_steps(sizes, reverse))):
+            if not size:
+                continue
+            if projection is not None:
+                torch.add(dy[at], dh[:size], out=dhidden[at])
+                inner = _product_back(dhidden[at], projection, units)
+                cells.lstm_back(None, inner, past[:size], saved[at], before[at], dgates[at])
+            elif lstm:
+                cells.lstm_back(dy[at], dh[:size], past[:size], saved[at], before[at], dgates[at])
+            else:
+                args = dy[at], dh[:size], past[:size], saved[at], state[at], dgates[at], dproduct[at]
+                cells.gru_back(*args)
+            step = _product_back(dproduct[at], weight, outputs)
+            if size == batch:
+                dh = step
+            else:
+                dh[:size] = step
     dweight, dprojection = y.new_empty(0), y.new_empty(0)
     if need_weight:
         state = hidden_before(y, h0, sizes, reverse) if lstm else state
