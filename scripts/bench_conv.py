@@ -9,9 +9,9 @@ power); sparse is the whole `BlockSparseConv2d` call. Correctness comes first: a
 the dense layer's in float32 is an error, not a number. Times are medians of single calls replayed as CUDA graphs,
 contestants in turns, the L2 cache flushed before each. Masks are uniformly random; where a 3x3 weight has too few
 blocks to share one mask among its positions at the sparsity asked for, each position has its own (`each`), and where
-that does not help either the layer is left out. The *limit* is the speed-up that a layer could have if it took no longer than its
-kept arithmetic or its images, read and written once, whichever is more, at the speeds of a dense product and of a copy
-here.
+that does not help either the layer is left out. The *limit* is the speed-up that a layer could have if it took no
+longer than its kept arithmetic or its images, read and written once, whichever is more, at the speeds of a dense
+product and of a copy here.
 
 `--part search` times other tile sizes of the 3x3 kernels instead, to choose their defaults by.
 """
