@@ -38,7 +38,7 @@ from sparsify.sweep_file import Swept
 from sparsify.sweep_plan import SweepPlan
 from sparsify.walk_cache import WalkCache
 
-PICTURE, SCORES = "sweep.png", "scores"
+PICTURE, PAGE, SCORES = "sweep.png", "sweep.md", "scores"
 
 
 class Sweep:
@@ -111,6 +111,7 @@ class Sweep:
         self._keep(found)
         if found.rows:
             found.draw(self.plan.out / PICTURE)
+            found.write_page(self.plan.out / PAGE)
         return found
 
     def _load(self) -> tuple[Any, Any, Judge]:

@@ -83,16 +83,12 @@ class Swept:
         }
 
     def write(self, file: Path) -> None:
-        """Replaces `file` in one step.
+        """Replaces `file`, JSON, in one step.
 
         Raises:
             OutputError: If that is impossible.
         """
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(file, json.dumps(self.to_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
+        _replace(file, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows: fastest first by the first workload; `front` and `best` say for which workloads."""
@@ -127,6 +123,53 @@ class Swept:
         ]  # fmt: skip
         return header, [dense, *(rows[index] for index in order)]
 
+    def closing(self) -> list[str]:
+        """What was measured on what, and the choice for each workload, in words."""
+        settings, chosen = self.settings, {work: self.best(work) for work in self.works}
+        lines = [
+            f"{self.metric} on {settings['evaluated_on']}; speed beside dense on {settings['device']}, "
+            f"{settings['dtype']}"
+        ]
+        for work, index in chosen.items():
+            if index is None:
+                lines.append(f"no best choice for {work}: {self._why_none(work)}")
+                continue
+            row = self.rows[index]
+            lines.append(
+                f"best for {work}: {row['block']} at {row['sparsity']:.0%}, {row['times'][work]['speedup']:.2f}x, "
+                f"{self.metric} {self.quality(row):.4g} (dense {self.quality(self.dense):.4g})"
+            )
+        if any(index is not None for index in chosen.values()):
+            lines.append(f"the choice is {front.rule(self.max_loss, self.metric)}")
+        return lines
+
+    def _why_none(self, work: str) -> str:
+        if not self.front(work):
+            return "nothing is faster than dense here, leave the model dense"
+        if self.max_loss is not None:
+            return f"nothing that is faster loses at most {self.max_loss:g}"
+        return "the front has no knee, set --max-loss to what may be lost"
+
+    def write_page(self, file: Path) -> None:
+        """Replaces `file`, Markdown: machine, command, picture, table, choice.
+
+        Raises:
+            OutputError: If that is impossible.
+        """
+        place, versions = self.environment, self.environment["versions"]
+        machine = ", ".join([*(place["gpu"] or [place["cpu"]]), f"torch {versions['torch']}"])
+        header, rows = self.table()
+        lines = [
+            f"# {self.settings['model']}: quality against measured speed",
+            "",
+            f"`{place['command']}`",
+            "",
+        ]
+        lines += [f"{machine}. {self.closing()[0]}.", "", "![the front](sweep.png)", ""]
+        lines += [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+        lines += ["", *(f"- {line}" for line in self.closing()[1:])]
+        _replace(file, "\n".join(lines) + "\n")
+
     def draw(self, file: Path) -> Path:
         """Draws quality against speed, a panel a workload.
 
@@ -159,6 +202,14 @@ class Swept:
     def _point(self, row: dict[str, Any], work: str) -> plots_speed.Point:
         speedup = row["times"][work]["speedup"]
         return plots_speed.Point(row["block"], row["sparsity"], speedup, self.quality(row))
+
+
+def _replace(file: Path, text: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, text)
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 def read(file: Path) -> Swept:

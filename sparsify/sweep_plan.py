@@ -166,15 +166,17 @@ class SweepPlan:
         stands for.
         """
         recipe, calibration = self.recipe, self.recipe.data.calibration
-        stages = [
-            stage.model_dump(mode="json", exclude={"block", "sparsity", "batch"})
+        stages = {
+            f"{stage.stage}.{key}": value
             for stage in recipe.stages
-            if stage.stage != "report"
-        ]
+            for key, value in stage.model_dump(
+                mode="json", exclude={"stage", "block", "sparsity", "batch"}
+            ).items()
+        }
         return {
             "model": Path(self.model).name,
             "task": self.task,
-            "stages": stages,
+            **stages,
             "calibration": None if calibration is None else data_files.fingerprint(calibration),
             "evaluation": data_files.fingerprint(self.evaluation),
             "evaluated_on": _name(self.evaluation),

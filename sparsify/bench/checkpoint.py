@@ -137,6 +137,8 @@ def bench(
     gauge, counter = None, None
     if energy and works:
         gauge, counter = _gauge(wanted.device, notes, progress)
+    elif energy:
+        notes.append("energy is not measured: nothing is timed end to end")
     end_to_end = None
     if works:
         end_to_end = _bench_model(model, wanted, works, repeats, progress, limits, gauge, trust_remote_code)

@@ -203,36 +203,14 @@ def _print_plan(plan: SweepPlan, as_json: bool) -> None:
 
 
 def _print(plan: SweepPlan, found: Swept, command: list[str]) -> None:
-    from sparsify import front
-
     console.print_table(*found.table())
-    console.say(
-        f"{found.metric} on {found.settings['evaluated_on']}; speed beside dense on {found.settings['device']}, "
-        f"{found.settings['dtype']}"
-    )
-    for workload in found.works:
-        chosen = found.best(workload)
-        if chosen is None:
-            console.say(f"no best choice for {workload}: {_why_none(found, workload)}")
-            continue
-        row = found.rows[chosen]
-        console.say(
-            f"best for {workload}: {row['block']} at {row['sparsity']:.0%}, "
-            f"{row['times'][workload]['speedup']:.2f}x, {found.metric} {found.quality(row):.4g} "
-            f"(dense {found.quality(found.dense):.4g})"
-        )
-        chosen_pair = ["--block", row["block"], "--sparsity", f"{row['sparsity']:g}"]
-        console.say(f"  {shlex.join([*command, *chosen_pair])}")
-    if any(found.best(workload) is not None for workload in found.works):
-        console.say(f"the choice is {front.rule(found.max_loss, found.metric)}")
+    for line in found.closing():
+        console.say(line)
+    for index in dict.fromkeys(found.best(work) for work in found.works):
+        if index is not None:
+            row = found.rows[index]
+            words = [*command, "--block", row["block"], "--sparsity", f"{row['sparsity']:g}"]
+            console.say(f"  {shlex.join(words)}")
     if found.left:
         console.say(f"{found.left} of {len(plan.pairs)} pairs are left: run it again to go on")
-    console.say(f"written to {console.absolute(plan.file)} and sweep.png")
-
-
-def _why_none(found: Swept, workload: str) -> str:
-    if not found.front(workload):
-        return "nothing is faster than dense here, leave the model dense"
-    if found.max_loss is not None:
-        return f"nothing that is faster loses at most {found.max_loss:g}"
-    return "the front has no knee, set --max-loss to what may be lost"
+    console.say(f"written to {console.absolute(plan.file)}, sweep.png and sweep.md")

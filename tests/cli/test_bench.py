@@ -159,7 +159,10 @@ def test_a_model_of_other_inputs_is_timed_layer_by_layer(tmp_path):
     assert CliRunner().invoke(app, command).exit_code == 0
     report = json.loads(invoke(tmp_path / "out", *FEW, "--energy", "--json").stdout)
     assert report["end_to_end"] is None and sum(len(group["names"]) for group in report["layers"]) == 6
-    assert report["notes"][-1] == "end to end is not timed: ViTModel takes no tokens"
+    assert report["notes"][-2:] == [
+        "end to end is not timed: ViTModel takes no tokens",
+        "energy is not measured: nothing is timed end to end",
+    ]
 
 
 def test_batches_are_timed_and_written(sparse, tmp_path):
@@ -203,3 +206,28 @@ def test_pictures_are_counted_by_sample(tmp_path):
     assert row["sparse_rate"] == pytest.approx(2e6 / row["sparse_us"])
     assert {entry["tokens"] for group in report["layers"] for entry in group["times"]} == {34}
     assert "forward of 2 samples" in report["verdict"]
+
+
+def test_energy_is_told_with_what_is_subtracted(sparse, monkeypatch):
+    from sparsify.bench import energy
+
+    class Meter:
+        name = "a counter"
+
+    left = iter([0.040, 0.010] * 2)
+
+    def energy_of(call, meter, idle, wait):
+        joules = next(left)
+        return energy.Energy(joules, joules + 1, 95.5, idle.watts, 4.1, 100, 82)
+
+    monkeypatch.setattr(energy, "open_meter", lambda device: Meter)
+    monkeypatch.setattr(energy, "idle_power", lambda meter: energy.Idle(21.04, 0.05))
+    monkeypatch.setattr(energy, "energy_of", energy_of)
+    result = invoke(
+        sparse, "--tokens", "8", "--batches", "2", "--repeats", "2", "--device", "cpu", "--energy"
+    )
+    assert result.exit_code == 0, result.output
+    assert "energy: a counter; idle, 21.0 W, is subtracted" in result.stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
+    cells = ["2.5", "0.625", "75%", "96", "96", "4.1", "82"]
+    assert ["prefill of 2 x 8 tokens", "token", *cells] in rows

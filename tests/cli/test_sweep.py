@@ -61,6 +61,8 @@ def test_every_pair_is_pruned_as_prune_would_and_judged_beside_dense(model, text
     assert report.pop("file") == str(out / "sweep.json")
     assert json.loads((out / "sweep.json").read_text()) == report and report["left"] == 0
     assert (out / "sweep.png").stat().st_size > 5000
+    page = (out / "sweep.md").read_text()
+    assert "| 64x16 | 75" in page and "perplexity on held_out.txt; speed beside dense on" in page
     pairs = [(row["block"], row["sparsity"]) for row in report["rows"]]
     assert pairs == [("32x32", 0.5), ("32x32", 0.75), ("64x16", 0.5), ("64x16", 0.75)]
     works = ["prefill of 8 tokens", "decoding after 8 tokens"]
@@ -138,7 +140,7 @@ def test_an_interrupted_sweep_goes_on_and_a_finished_one_is_not_repeated(model, 
     assert sweep(model, texts, out, "--method", "magnitude", "--max-loss", "500").exit_code == 0
     assert len(seen) == 5
     assert "at most 500 per cent more perplexity" in json.loads((out / "sweep.json").read_text())["rule"]
-    refused(sweep(model, texts, out, "--method", "random_blocks"), "was measured with another stages")
+    refused(sweep(model, texts, out, "--method", "random_blocks"), "was measured with another prune.method")
     refused(sweep(model, texts, out, "--method", "magnitude", "--dtype", "bfloat16"), "another dtype")
     assert sweep(model, texts, out, "--method", "magnitude", "--force").exit_code == 0
     assert len(seen) == 9
@@ -193,8 +195,8 @@ def test_a_sentence_encoder_is_judged_by_correlation(tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads((out / "sweep.json").read_text())
     assert report["settings"]["workloads"] == ["forward of 8 tokens", "forward of 2 x 8 tokens"]
-    assert report["settings"]["stages"][1]["method"] == "block_obs"
-    assert report["settings"]["stages"][1]["reconstruct"] == 2
+    assert report["settings"]["prune.method"] == "block_obs"
+    assert report["settings"]["prune.reconstruct"] == 2
     dense = report["dense"]["quality"]["spearman"]
     assert all(row["loss"] == pytest.approx(dense - row["quality"]["spearman"]) for row in report["rows"])
     assert "Spearman x 100" in result.stdout and "1: forward of 8 tokens" in result.stdout
