@@ -41,7 +41,7 @@ import sparsify
 from bench_pruners import split_sentences
 from bench_quality import find_encoder
 from bench_rows import missing, open_report, store
-from recovery_page import as_markdown
+from recovery_page import as_markdown, draw
 from reference_lm import read_books, read_text
 from sparsify.cli.console import quiet_transformers
 from sparsify.pruner import PrunableLayer, Pruner
@@ -465,7 +465,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default 1)")
     parser.add_argument("--scale", type=float, default=1.0, help="times as many steps, for a quick look")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe")
-    parser.add_argument("--out", type=Path, required=True, help="folder for recovery.json and recovery.md")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for recovery.json, its page and pictures"
+    )
     return parser.parse_args(arguments)
 
 
@@ -476,6 +478,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = run(options, options.out / "recovery.json")
         (options.out / "recovery.md").write_text(as_markdown(report))
+        draw(report, options.out)
     except (OSError, ValueError, sparsify.SparsifyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,8 +8,11 @@ from statistics import mean
 from typing import Any
 
 from bench_rows import page_head
+from sparsify.front import front, trade
+from sparsify.plots_speed import Point, tradeoff
 
 DEFAULT = "default"
+PICTURE = "recovery-{task}.png"
 # Title, key of the quality, factor to show it with, and whether lower is better.
 TASKS: dict[str, tuple[str, str, float, bool]] = {
     "encoder": ("Sentence encoder, Spearman x 100 on STS-Benchmark dev", "spearman", 1.0, False),
@@ -54,7 +57,33 @@ def as_markdown(report: dict[str, Any]) -> str:
         shapes = _shapes(default, several)
         if shapes:
             lines += ["", "### Block shapes: quality against speed", "", *_shape_table(shapes, task, dense)]
+            lines += ["", f"![Quality against speed]({PICTURE.format(task=task)})"]
     return "\n".join(lines) + "\n"
+
+
+def draw(report: dict[str, Any], folder: Path) -> None:
+    """Draws quality against speed for each task whose block shapes were measured; see `as_markdown`."""
+    for task, (title, key, factor, lower) in TASKS.items():
+        rows = [row for row in report["rows"] if row["task"] == task and row["change"] == DEFAULT]
+        several = {(row["block"], row["sparsity"]) for row in rows if row["seed"] > 0}
+        points = []
+        for row in _shapes(rows, several):
+            speed = speedups(row["sparsity"]).get(row["block"])
+            if speed is not None:
+                value = row["quality"]["recovered"][key] * factor
+                points.append(Point(row["block"], row["sparsity"], speed, value))
+        if points:
+            dense = mean(row["quality"]["dense"][key] for row in rows) * factor
+            metric = "perplexity" if lower else key
+            order = front([trade(point.speedup, metric, point.quality, dense) for point in points])
+            panels = {f"{task}: after training": (points, [points[index] for index in order], None)}
+            tradeoff(
+                panels,
+                folder / PICTURE.format(task=task),
+                quality=title.partition(", ")[2],
+                dense=dense,
+                log=lower,
+            )
 
 
 def speedups(sparsity: float) -> dict[str, float]:

@@ -10,7 +10,7 @@ import bench_recovery
 import reference_lm
 import sparsify
 from bench_recovery import CONTROL, DEFAULT, SCRATCH, SMALLER
-from recovery_page import as_markdown, speedups
+from recovery_page import as_markdown, draw, speedups
 
 TOKENS_OF_THE_REFERENCE = 2400 * 256 * 512
 
@@ -99,11 +99,12 @@ def _row(seed, value, change=DEFAULT, block="64x64"):
     return place | {"seconds": 60.0, "parameters": 12_340_000, "quality": quality}
 
 
-def test_the_page_shows_means_ranges_changes_and_shapes():
+def test_the_page_shows_means_ranges_changes_and_shapes(tmp_path):
     rows = [_row(seed, value) for seed, value in enumerate((62.0, 63.0, 64.0))]
     rows += [_row(0, 66.0, "task loss alone"), _row(0, 61.0, block="16x16")]
     environment = {"gpu": [], "versions": {"torch": "2", "transformers": "5"}}
-    page = as_markdown({"rows": rows, "workers": 3, "environment": environment, "lm_sha256": "abc"})
+    report = {"rows": rows, "workers": 3, "environment": environment, "lm_sha256": "abc"}
+    page = as_markdown(report)
     assert "Dense: 60.00." in page
     pruned = "100.00 (100.00-100.00)"
     aim = f"| default | 64x64 | 75% | {pruned} | 63.00 (62.00-64.00) | +5.0% | 12.3M | 3 | 60 |"
@@ -112,3 +113,6 @@ def test_the_page_shows_means_ranges_changes_and_shapes():
     assert page.index(aim) < page.index(beside) < page.index(changed)
     assert f"| 16x16 | 75% | 61.00 | +1.7% | {speedups(0.75)['16x16']:.2f} |" in page
     assert f"| 64x64 | 75% | 62.00 | +3.3% | {speedups(0.75)['64x64']:.2f} |" in page
+    assert "![Quality against speed](recovery-lm.png)" in page
+    draw(report, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["recovery-lm.png"]

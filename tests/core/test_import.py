@@ -32,7 +32,7 @@ MIDDLE = 2
 OUTSIDE = {"__init__", "__main__", "_autoload"}
 # Pruners are reached through their registry alone, and know the contract alone.
 PRUNER_MAY_IMPORT = {"pruner", "patterns", "blocks", "errors"}
-SCRIPT_MAY_IMPORT = {
+SCRIPT_MAY_IMPORT = {"front", "masking", "plots_speed", 
     "bench", "data", "measure", "patterns", "plots", "pruner", "quality", "recipe", "sensitivity",
     "blocks", "errors", "kernels",
 }  # fmt: skip
