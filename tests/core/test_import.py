@@ -32,9 +32,9 @@ MIDDLE = 2
 OUTSIDE = {"__init__", "__main__", "_autoload"}
 # Pruners are reached through their registry alone, and know the contract alone.
 PRUNER_MAY_IMPORT = {"pruner", "patterns", "blocks", "errors"}
-SCRIPT_MAY_IMPORT = {"front", "masking", "plots_speed", 
-    "bench", "data", "measure", "patterns", "plots", "pruner", "quality", "recipe", "sensitivity",
-    "blocks", "errors", "kernels",
+SCRIPT_MAY_IMPORT = {
+    "bench", "data", "front", "masking", "measure", "patterns", "plots", "plots_speed", "pruner", "quality", "recipe",
+    "sensitivity", "blocks", "errors", "kernels",
 }  # fmt: skip
 
 
