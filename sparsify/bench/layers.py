@@ -1,7 +1,7 @@
 """A model's block-sparse layers, each distinct one timed against a dense layer of the same shape.
 
 Convolutions see channels-last images, the dense one too, with cuDNN free to try its algorithms; their tokens are output
-pixels, in images of 14 x 14.
+pixels, in images of 14 x 14. Recurrent layers see sequences of 16 time steps.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from sparsify.bench.timing import cudnn_chooses, race
 from sparsify.checkpoint.densify import dense_equivalent
 from sparsify.layers import kinds
 from sparsify.layers.convolution import BlockSparseConv, BlockSparseConv2d
+from sparsify.layers.embedding import BlockSparseEmbedding
 from sparsify.layers.experts import BlockSparseExperts
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.packed import PackedModule
+from sparsify.layers.recurrent import BlockSparseRecurrent
 from sparsify.layers.swap import sparse_modules
 
 # Layers whose densities differ by less than this are measured once.
@@ -33,8 +35,10 @@ DENSITY_STEP = 0.02
 COPIES = 8
 # Side of a convolution's output images.
 IMAGE = 14
-# Two products and an activation follow each other in an expert.
-EXPERTS_BUDGET = 4
+# Time steps of a recurrent layer's sequences.
+STEPS = 16
+# Two products and an activation follow each other in an expert, and more in a recurrent layer.
+CHAIN_BUDGET = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Group:
         names: Their names in the model.
         name: The one of median density, which is measured.
         module: That one.
-        kind: `linear`, `conv1d`, `experts` or `convolution`.
+        kind: `linear`, `conv1d`, `experts`, `convolution`, or a recurrent layer's, such as `lstm`.
         density: Its density, 0 to 1.
     """
 
@@ -81,6 +85,8 @@ def groups(model: nn.Module) -> list[Group]:
     """The distinct block-sparse layers of a model: by kind, shape, block shape, dtype, bias and rounded density."""
     found: dict[Any, list[tuple[float, str, PackedModule]]] = {}
     for name, module in sparse_modules(model).items():
+        if isinstance(module, BlockSparseEmbedding):
+            continue  # a lookup multiplies nothing
         weights = tuple((p.count, p.shape, p.block) for p in module.packed.values())
         geometry = getattr(module, "geometry", None)
         dtypes = tuple((key, value.dtype) for key, value in module.named_parameters(recurse=False))
@@ -178,6 +184,8 @@ def _inputs(sparse: PackedModule, skeleton: nn.Module, tokens: int) -> tuple[Ten
     first = next(iter(sparse.packed.values()))
     if isinstance(sparse, BlockSparseConv):
         return (_images(sparse, tokens, place),)
+    if isinstance(sparse, BlockSparseRecurrent):
+        return (_sequences(sparse, tokens, place),)
     hidden = torch.randn(tokens, first.shape[1], **place)
     if not isinstance(sparse, BlockSparseExperts):
         return (hidden,)
@@ -196,21 +204,36 @@ def _images(sparse: BlockSparseConv, pixels: int, place: dict[str, Any]) -> Tens
     return images.movedim(-1, 1)
 
 
+def _sequences(sparse: BlockSparseRecurrent, tokens: int, place: dict[str, Any]) -> Tensor:
+    """Sequences of `STEPS` time steps, or fewer, with so many tokens together, or some more; for a cell its batch."""
+    if sparse.kind.endswith("_cell"):
+        return torch.randn(tokens, sparse.input_size, **place)
+    steps = min(STEPS, tokens)
+    sizes = (steps, math.ceil(tokens / steps))
+    sizes = sizes[::-1] if getattr(sparse, "batch_first", False) else sizes
+    return torch.randn(*sizes, sparse.input_size, **place)
+
+
+def _output(result: Any) -> Tensor:
+    """What a layer puts out; recurrent ones also return states."""
+    return result if isinstance(result, Tensor) else result[0]
+
+
 @torch.no_grad()
 def _limit(layer: nn.Module, skeleton: nn.Module, inputs: tuple[Tensor, ...], limits: Limits) -> float:
     """The least seconds of a layer: its arithmetic, or its weights, inputs and outputs, once each."""
     outputs: list[Tensor] = []
-    flops = flops_of(lambda: outputs.append(layer(*inputs)))
+    flops = flops_of(lambda: outputs.append(_output(layer(*inputs))))
     moved = weight_bytes(layer, len(inputs[0]), experts_per_token(skeleton))
     return limits.seconds(flops, moved + sum(tensor.nbytes for tensor in [*inputs, *outputs]))
 
 
 def _exact_layer(sparse: PackedModule, dense: nn.Module) -> nn.Module:
-    """The layer with its own weights and zeros, dense: a linear one in float64, experts in float32 at least.
+    """The layer with its own weights and zeros, dense: in float64, experts in float32 at least.
 
     transformers' fused experts have no float64 kernel on every device.
     """
-    exact = (BlockSparseLinear, BlockSparseConv)
+    exact = (BlockSparseLinear, BlockSparseConv, BlockSparseRecurrent)
     double = isinstance(sparse, exact) or next(sparse.parameters()).dtype == torch.float64
     # A copy: `.to` works in place, and the biases are the sparse layer's own.
     return deepcopy(dense_equivalent(sparse, dense)).to(torch.float64 if double else torch.float32)
@@ -221,18 +244,19 @@ def _check(group: Group, exact: nn.Module, inputs: tuple[Tensor, ...]) -> float:
     budget = agreement.layer_budget(hidden.dtype, hidden.device)
     precision = next(exact.parameters()).dtype
     with torch.no_grad():
-        wanted = exact(*(part.to(precision) if part.is_floating_point() else part for part in inputs))
+        given = (part.to(precision) if part.is_floating_point() else part for part in inputs)
+        wanted = _output(exact(*given))
         # Its memory becomes the output's on a GPU: what a kernel forgets to write stays NaN.
         poison = torch.full_like(wanted, float("nan"), dtype=hidden.dtype)
         del poison
-        actual = sparse(*inputs)
+        actual = _output(sparse(*inputs))
         if isinstance(sparse, BlockSparseConv):
             wanted, actual = wanted.movedim(1, -1).flatten(0, -2), actual.movedim(1, -1).flatten(0, -2)
         if isinstance(sparse, (BlockSparseLinear, BlockSparseConv)):
             weight = sparse.dense_weight().to(precision).flatten(1)
             scale = weight.norm(dim=1) + (0 if sparse.bias is None else sparse.bias.to(precision).abs())
         else:
-            scale, budget = wanted.square().mean().sqrt(), EXPERTS_BUDGET * budget
+            scale, budget = wanted.square().mean().sqrt(), CHAIN_BUDGET * budget
     return agreement.check_layer(group.name, actual, wanted, scale, budget)
 
 

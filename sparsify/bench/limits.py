@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sparsify.bench.timing import race
-from sparsify.kernels import conv_ops, ops  # noqa: F401  (register the operators)
+from sparsify.kernels import conv_ops, ops, recurrence  # noqa: F401  (register the operators)
 from sparsify.layers.experts import BlockSparseExperts, projections
 
 # Side of the matrices and bytes of the copy: large enough for the full speed.
@@ -143,6 +143,13 @@ def _conv(x: Any, values: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return 2 * math.prod(out_shape[:-1]) * blocks * block_in * block_out
 
 
+def _recurrence(
+    gates: Any, h0: Any, c0: Any, weight: Any, topology: Any, bias: Any, projection: Any, *_: Any, **__: Any
+) -> int:
+    # Every time step's states meet all that is stored of the weight, packed or dense.
+    return 2 * gates[0] * (math.prod(weight) + (0 if projection is None else math.prod(projection)))
+
+
 def _grouped(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     # Each row of `a` (tokens, K) meets one of the matrices `b` (groups, K, N).
     return 2 * a[0] * a[1] * b[-1]
@@ -153,6 +160,7 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 _FORMULAS: dict[Any, Any] = {
+    torch.ops.sparsify.recurrence: _recurrence,
     torch.ops.sparsify.dsd: _dsd,
     torch.ops.sparsify.activated: _dsd,
     torch.ops.sparsify.gated: _gated,

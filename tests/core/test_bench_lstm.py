@@ -9,6 +9,10 @@ import pytest
 import torch
 
 import bench_lstm
+import sparsify
+from sparsify.bench.layers import groups, measure_group
+from sparsify.bench.limits import Limits, flops_of
+from sparsify.errors import SparsifyError
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
@@ -33,3 +37,45 @@ def test_wrong_layer_gets_no_time(fault: float) -> None:
         sparse.get_parameter("weight_hh_l0").mul_(fault)
     with pytest.raises(SystemExit, match="no time is given"):
         bench_lstm.check(sparse, zeros, x, dy, torch.float32)
+
+
+def net(**options: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model with an LSTM and a cell, block-sparse, and its dense skeleton."""
+
+    def build() -> torch.nn.Module:
+        return torch.nn.ModuleDict(
+            {"rnn": torch.nn.LSTM(32, 48, **options), "cell": torch.nn.GRUCell(32, 48)}
+        )
+
+    torch.manual_seed(0)
+    model = build()
+    sparsify.prune(model, block=16, sparsity=0.5, scope="layer")
+    with torch.device("meta"):
+        return model, build()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_layers_of_a_model_are_timed_against_the_dense_ones(batch_first: bool) -> None:
+    model, skeleton = net(batch_first=batch_first)
+    found = {group.kind: group for group in groups(model)}
+    assert found.keys() == {"lstm", "gru_cell"} and found["lstm"].density == pytest.approx(0.5, abs=0.03)
+    for group in found.values():
+        rows = measure_group(group, skeleton, [1, 20], 1, lambda: None, Limits(1e12, 1e10))
+        assert [row["tokens"] for row in rows] == [1, 20]
+        assert all(row["error"] < 1e-5 and row["dense_us"] > 0 < row["sparse_limit_us"] for row in rows)
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, skeleton = net()
+    right = torch.nn.LSTM.forward
+    monkeypatch.setattr(torch.nn.LSTM, "forward", lambda self, x: (right(self, x)[0] * 1.01, None))
+    group = next(group for group in groups(model) if group.kind == "lstm")
+    with pytest.raises(SparsifyError, match="rnn"):
+        measure_group(group, skeleton, [20], 1, lambda: None, Limits(1e12, 1e10))
+
+
+def test_arithmetic_of_stored_blocks_is_counted() -> None:
+    model, _ = net()
+    lstm = model["rnn"]  # pyright: ignore[reportIndexIssue]
+    stored = lstm.weight_ih_l0.numel() + lstm.weight_hh_l0.numel()
+    assert flops_of(lambda: lstm(torch.randn(5, 3, 32))) == 2 * 15 * stored
