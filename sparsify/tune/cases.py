@@ -12,8 +12,10 @@ import torch
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.checkpoint import reader
 from sparsify.errors import ConfigError
+from sparsify.kernels.conv_ops import pointwise
 from sparsify.kernels.tuning_files import Entry
-from sparsify.layers.kinds import is_sparse
+from sparsify.layers.convolution import BlockSparseConv
+from sparsify.layers.kinds import dense_kind, every_matrix, is_sparse
 from sparsify.plan import skeleton
 from sparsify.recipe import Recipe
 from sparsify.targets import select
@@ -30,6 +32,9 @@ STANDARD_SHAPES = (
 )  # fmt: skip
 STANDARD_BLOCKS = ("128x128", "64x64", "256x16", "128x16", "32x32", "16x16")
 STANDARD_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+
+
+NOTHING = "{} has no layer to tune: convolutions wider than a pixel have one kernel, which `sparsify bench` measures"
 
 
 @dataclass(frozen=True)
@@ -83,17 +88,37 @@ def of_model(
             raise ConfigError(
                 f"{model} is block-sparse and has masks of its own: leave out --block and --sparsity"
             )
-        return _distinct(reader.read_masks(model), dtype or built.dtype)
+        wider = _wider_than_a_pixel(built)
+        masks = {name: mask for name, mask in reader.read_masks(model).items() if name not in wider}
+        if not masks:
+            raise ConfigError(NOTHING.format(model))
+        return _distinct(masks, dtype or built.dtype)
     if not blocks or not sparsities:
         raise ConfigError(
             f"{model} is a dense checkpoint: say with --block and --sparsity, such as --block 64x64 --sparsity 0.75, "
             f"what its layers would become; or give a block-sparse one"
         )
     found: dict[tuple[int, int], list[str]] = {}
+    wider = _wider_than_a_pixel(built)
     for layer in select(built, BlockShape(8, 8)).layers:
-        found.setdefault(layer.shape, []).append(layer.name)
+        if layer.name not in wider:
+            found.setdefault(layer.shape, []).append(layer.name)
+    if not found:
+        raise ConfigError(NOTHING.format(model))
     named = [(tuple(names), shape) for shape, names in found.items()]
     return with_random_masks(named, dtype or built.dtype, blocks, sparsities)
+
+
+def _wider_than_a_pixel(model: Any) -> set[str]:
+    """Names of the matrices of convolutions that are no linear layers of pixels."""
+    names: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparseConv) and not pointwise(module.geometry):
+            names |= set(module.layout.names(name))
+        elif dense_kind(module) == "convolution":
+            single = module.groups == 1 and set(module.kernel_size) == {1}
+            names |= set() if single else {layer.name for layer in every_matrix(name, module)}
+    return names
 
 
 def with_random_masks(

@@ -199,6 +199,22 @@ class TestCases:
         with pytest.raises(ConfigError, match="is a dense checkpoint: say with --block and --sparsity"):
             tune_cases.of_model(tmp_path / "dense", None, None, None, False)
 
+    def test_of_convolutions_those_of_a_single_pixel_are_linear_layers(self, tmp_path):
+        model = BY_NAME["resnet"].build()
+        model.save_pretrained(tmp_path / "dense")
+        found = tune_cases.of_model(tmp_path / "dense", None, ["32x32"], [0.5], False)
+        names = {name for case in found for name in case.names}
+        assert names and all(name.endswith("shortcut.convolution") for name in names)
+        sparsify.prune(model, block="32x32", sparsity=0.5, floor=0.2)
+        sparsify.save(model, tmp_path / "sparse")
+        found = tune_cases.of_model(tmp_path / "sparse", None, None, None, False)
+        assert {name for case in found for name in case.names} == names
+        narrow = BY_NAME["resnet"].build()
+        sparsify.prune(narrow, block="32x32", sparsity=0.5, ignore=["re:shortcut"])
+        sparsify.save(narrow, tmp_path / "wide")
+        with pytest.raises(ConfigError, match=r"no layer to tune: convolutions wider than a pixel"):
+            tune_cases.of_model(tmp_path / "wide", None, None, None, False)
+
     def test_standard_shapes_are_distinct(self):
         assert len(set(tune_cases.STANDARD_SHAPES)) == len(tune_cases.STANDARD_SHAPES)
 
