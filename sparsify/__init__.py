@@ -48,10 +48,12 @@ _EXPORTS = {
     "BlockSparseConv2d": "sparsify.layers.convolution",
     "BlockSparseGRU": "sparsify.layers.recurrent",
     "BlockSparseLSTM": "sparsify.layers.recurrent",
+    "BlockSparseEmbedding": "sparsify.layers.embedding",
     "BlockSparseLinear": "sparsify.layers.linear",
     "BlockSparseExperts": "sparsify.layers.experts",
     "Pruner": "sparsify.pruner",
     "Recipe": "sparsify.recipe",
+    "TiedEmbedding": "sparsify.layers.embedding",
     "SparsifyCallback": "sparsify.training.pruning_callback",
     "SparsifyError": "sparsify.errors",
     "SparsifyLoop": "sparsify.training.sparsify_loop",
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from sparsify.blocks import BlockMask, BlockShape
     from sparsify.errors import SparsifyError
     from sparsify.layers.convolution import BlockSparseConv1d, BlockSparseConv2d
+    from sparsify.layers.embedding import BlockSparseEmbedding, TiedEmbedding
     from sparsify.layers.experts import BlockSparseExperts
     from sparsify.layers.fusion import fuse, unfuse
     from sparsify.layers.linear import BlockSparseLinear

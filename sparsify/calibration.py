@@ -5,7 +5,8 @@ tokens routed to it; the inputs of its second projection, which exist only insid
 computed again from its first projection and the module's own gate. Of recurrent layers, each weight is shown what it is
 multiplied with at all time steps, which is computed again too. Of a convolution, the inputs of an output pixel are its
 patch, `(pixels, channels * positions)`, or for masks by kernel position that position's channels; only here, and image
-by image, are patches laid side by side.
+by image, are patches laid side by side. Of an embedding, the inputs are the vectors that it scores; row numbers that it
+looks up are none.
 
 Padding is left out where a batch has an `attention_mask` (or `decoder_attention_mask`) that fits the layer's inputs in
 shape. Where both fit and differ, or the layer sees other positions than the mask (image patches, pooled states), all
@@ -124,6 +125,8 @@ def showing(
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = [*args, *kwargs.values()]
+            if isinstance(module, nn.Embedding) and not inputs[0].is_floating_point():
+                return  # row numbers are no inputs of a product
             if own[0].conv is not None:
                 _show_convolution(module, own, pruner, inputs[0])
             elif recurrent_kind(module) is not None:
@@ -149,6 +152,11 @@ def showing(
         for handle in handles:
             handle.remove()
     missed = [name for name in modules if name not in reached]
+    if missed and isinstance(model.get_submodule(missed[0]), nn.Embedding):
+        raise PrunerError(
+            f"embedding {missed[0]} only looks rows up, and has no inputs to measure: prune it with a method that "
+            f"needs no calibration, such as magnitude"
+        )
     if missed:
         raise PrunerError(
             f"layer {missed[0]} saw no calibration input{f', and {len(missed) - 1} more' if missed[1:] else ''}: "

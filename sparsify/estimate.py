@@ -107,7 +107,9 @@ class _Sizes:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.vocabulary = 0 if head is None else (getattr(text, "vocab_size", 0) or 0)
         weights = [
-            module._parameters.get("weight") for module in model.modules() if dense_kind(module) is not None
+            module._parameters.get("weight")
+            for module in model.modules()
+            if dense_kind(module) not in (None, "embedding")
         ]
         multiplied = {id(weight): weight.numel() for weight in weights if weight is not None}
         self.multiplied = max(sum(multiplied.values()), self.pruned)

@@ -8,8 +8,8 @@ A pattern names modules in one of three ways, and means every layer inside the m
 - `Linear`, `LlamaMLP`: the name of a module's class or of one of its base classes.
 
 Without patterns, every layer of the model's repeated blocks is meant: all that live inside an `nn.ModuleList`.
-The output embedding is only ever pruned when a name or a regular expression reaches it, and a weight that two
-modules share never is.
+The output embedding is only ever pruned when a name or a regular expression reaches it, an embedding only by its own
+name or as `Embedding`, and a weight that two modules share never is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from sparsify.blocks import BlockShape
 from sparsify.errors import TargetError
 from sparsify.layers import kinds
 from sparsify.pruner import PrunableLayer
+
+UNNAMED = "an embedding; name it to prune it"
+# Classes by which an embedding can be named.
+EMBEDDINGS = ("Embedding", "TiedEmbedding")
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,14 @@ class _Request:
         self.shared = _shared_weights(model)
         self.output = _output_embedding(model)
         self.repeated = _inside_module_lists(model)
-        if not any(c.module_name in self.repeated and c.layers for c in self.candidates):
+        matrices = [c for c in self.candidates if c.layers and not c.is_embedding]
+        if not any(candidate.module_name in self.repeated for candidate in matrices):
             self.repeated = {candidate.module_name for candidate in self.candidates}
 
     def why_dense(self, candidate: _Candidate, layer: PrunableLayer) -> str | None:
         """Why a layer stays dense; `None` if it is to be pruned."""
+        if candidate.is_embedding and not any(p.names_embedding(layer) for p in self.wanted or ()):
+            return UNNAMED
         if any(pattern.matches(layer) for pattern in self.unwanted):
             return "ignored"
         owners = self.shared.get(id(layer.parameter))
@@ -144,6 +151,7 @@ class _Candidate:
         self.module_name, self.module = module_name, module
         self.layers = kinds.matrices(module_name, module, block, per_position)
         self.why = kinds.why_unsupported(module)
+        self.is_embedding = isinstance(module, nn.Embedding)
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         shapeless = isinstance(weight, nn.UninitializedParameter)
         self.shape = () if weight is None or shapeless else tuple(weight.shape)
@@ -156,6 +164,8 @@ class _Candidate:
 
     def kept_dense(self, reasons: dict[str, str | None]) -> list[KeptDense]:
         """What stays dense here; all matrices of one parameter as one entry where they share the reason."""
+        if self.is_embedding and (self.why or UNNAMED in reasons.values()):
+            return []  # every model has one, and nobody asked
         if self.why:
             return [KeptDense(self.module_name, self.shape, self.why)]
         entries: dict[str, KeptDense] = {}
@@ -197,8 +207,8 @@ class _Pattern:
             except re.error as error:
                 raise TargetError(f"{role} {text!r} is not a regular expression: {error}") from error
         self.roots = {name for name, module in model.named_modules() if self._means(name, module)}
-        layers = [layer for candidate in candidates for layer in candidate.layers]
-        if any(self.matches(layer) for layer in layers):
+        layers = ((candidate, layer) for candidate in candidates for layer in candidate.layers)
+        if any((self.names_embedding if c.is_embedding else self.matches)(layer) for c, layer in layers):
             return
         if not self.roots:
             raise TargetError(f"{role} {text!r} matches nothing: {_nearest(model, text)}")
@@ -207,7 +217,7 @@ class _Pattern:
         raise TargetError(
             f"{role} {text!r} holds no layer that can be pruned: {root or 'the model'} is of class "
             f"{type(model.get_submodule(root)).__name__}{f' ({why})' if why else ''}; what can be pruned are "
-            f"linear layers, convolutions, Conv1D, fused experts, LSTM and GRU"
+            f"linear layers, convolutions, Conv1D, fused experts, LSTM and GRU, and embeddings by their own name"
         )
 
     def _means(self, name: str, module: nn.Module) -> bool:
@@ -221,6 +231,10 @@ class _Pattern:
         if self.regex is not None:
             return self.matches(layer)
         return layer.name == self.text or layer.module_name == self.text
+
+    def names_embedding(self, layer: PrunableLayer) -> bool:
+        """Whether the pattern means an embedding and no more than that: by its name, or its class."""
+        return layer.module_name == self.text or (self.text in EMBEDDINGS and self.matches(layer))
 
     def matches(self, layer: PrunableLayer) -> bool:
         """Whether the pattern means the layer or a module around it."""

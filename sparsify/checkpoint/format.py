@@ -61,7 +61,7 @@ def packed_weights(layer: str, entry: object) -> list[PackedWeight]:
     if not isinstance(entry, Mapping):
         raise _bad(layer, f"expected a mapping, got {entry!r}")
     kind = entry.get("kind")
-    if kind in ("linear", "conv1d"):
+    if kind in ("linear", "conv1d", "embedding"):
         return [_packed_weight(layer, "weight", entry, 2)]
     if kind == "convolution":
         return [_packed_convolution(layer, entry)]
@@ -71,7 +71,7 @@ def packed_weights(layer: str, entry: object) -> list[PackedWeight]:
             raise _bad(layer, f"kind {kind} needs `weights`, a mapping of parameter names")
         rank = 3 if kind == "experts" else 2
         return [_packed_weight(layer, str(name), weight, rank) for name, weight in weights.items()]
-    known = ", ".join(("linear", "conv1d", "experts", "convolution", *RECURRENT))
+    known = ", ".join(("linear", "conv1d", "embedding", "experts", "convolution", *RECURRENT))
     raise _bad(layer, f"unknown kind {kind!r}, this version knows {known}")
 
 

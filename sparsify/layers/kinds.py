@@ -5,6 +5,7 @@
     experts   transformers' fused mixture-of-experts weights, `(E, N, K)` or `(E, K, N)`
     convolution
               nn.Conv2d, nn.Conv1d and subclasses that do not override `forward`; weight `(O, I / groups, *kernel)`
+    embedding nn.Embedding and `TiedEmbedding`; table `(N, K)`, rows by features
     lstm, gru, lstm_cell, gru_cell
               torch's recurrent layers; each weight `(N, K)` is a matrix of its own, the gates one after the other
 
@@ -22,6 +23,7 @@ from sparsify.blocks import BlockMask, BlockShape
 from sparsify.conv_weight import ConvWeight
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.layers.convolution import BlockSparseConv, BlockSparseConv1d, BlockSparseConv2d
+from sparsify.layers.embedding import BlockSparseEmbedding, TiedEmbedding
 from sparsify.layers.experts import BlockSparseExperts, projections
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.packed import PackedModule
@@ -73,6 +75,17 @@ def _why_not_convolution(module: _ConvNd) -> str | None:
     return None
 
 
+def _why_not_embedding(module: nn.Embedding) -> str | None:
+    cls = type(module)
+    if cls.forward not in (nn.Embedding.forward, TiedEmbedding.forward):
+        return f"{cls.__name__} computes something other than nn.Embedding"
+    options = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
+    used = [name for name, unused in options.items() if getattr(module, name) != unused]
+    if used:
+        return f"an embedding with {used[0]} has no block-sparse equivalent"
+    return None if "weight" in module._parameters else COMPUTED
+
+
 def why_unsupported(module: nn.Module) -> str | None:
     """Why a module that holds a dense weight matrix cannot be swapped; `None` if it can, or holds none."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -90,6 +103,8 @@ def why_unsupported(module: nn.Module) -> str | None:
         return _why_not_recurrent(module)
     if isinstance(module, _ConvNd):
         return _why_not_convolution(module)
+    if isinstance(module, nn.Embedding):
+        return _why_not_embedding(module)
     if projections(module) is not None and getattr(module, "has_post_expert_norm", False):
         return f"{type(module).__name__} normalises inside each expert"
     return None
@@ -103,6 +118,8 @@ def dense_kind(module: nn.Module) -> str | None:
         return "linear"
     if isinstance(module, _ConvNd):
         return "convolution"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
     if _is_conv1d(module):
         return "conv1d"
     return "experts" if projections(module) is not None else recurrent_kind(module)
@@ -217,6 +234,8 @@ def to_sparse(module_name: str, module: nn.Module, masks: dict[str, BlockMask]) 
     if kind in SPARSE_CLASSES:
         start = len(module_name) + 1
         return SPARSE_CLASSES[kind](module, {name[start:]: mask for name, mask in masks.items()})
+    if isinstance(module, nn.Embedding):
+        return BlockSparseEmbedding.from_embedding(module, masks[module_name])
     weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
     if kind == "linear":
         return BlockSparseLinear.from_dense(weight, bias, masks[module_name]).train(module.training)
@@ -232,8 +251,8 @@ def dense_parameters(module: PackedModule) -> dict[str, Tensor]:
     """The packed weights as the dense module kept them, with zeros; detached copies by parameter name.
 
     Returns:
-        `weight` `(N, K)` for a linear layer, `(K, N)` for a Conv1D, `(O, I / groups, *kernel)` for a convolution; each
-        fused weight for experts; each packed weight of a recurrent module.
+        `weight` `(N, K)` for a linear layer or an embedding, `(K, N)` for a Conv1D, `(O, I / groups, *kernel)` for a
+        convolution; each fused weight for experts; each packed weight of a recurrent module.
     """
     if isinstance(module, BlockSparseConv):
         return {"weight": module.dense_weight()}
@@ -241,6 +260,8 @@ def dense_parameters(module: PackedModule) -> dict[str, Tensor]:
         return {name: module.dense_of(name) for name in module.packed}
     if isinstance(module, BlockSparseExperts):
         return {name: module.dense_parameter(name) for name in module.packed}
+    if isinstance(module, BlockSparseEmbedding):
+        return {"weight": module.dense_weight()}
     assert isinstance(module, BlockSparseLinear)
     dense = module.dense_weight()
     return {"weight": dense.t().contiguous() if module.transposed else dense}
@@ -263,9 +284,9 @@ def entry(module: PackedModule) -> dict[str, Any]:
         sizes = {"shape": list(module.layout.full_shape), "groups": module.groups}
         sizes |= {"per_position": True} if module.layout.per_position else {}
         return {"kind": "convolution"} | sizes | _entry(module.block_shape, len(module.weight))
-    assert isinstance(module, BlockSparseLinear)
-    packed = module.packed["weight"]
-    kind = "conv1d" if module.transposed else "linear"
+    packed, kind = module.packed["weight"], "embedding"
+    if isinstance(module, BlockSparseLinear):
+        kind = "conv1d" if module.transposed else "linear"
     return {"kind": kind, "shape": list(packed.shape)} | _entry(packed.block, packed.blocks)
 
 
@@ -295,7 +316,13 @@ def build(module_name: str, module: nn.Module, entry: dict[str, Any]) -> PackedM
             return _build_recurrent(module_name, module, kind, entry, found)
         if kind != "experts":
             shape, block, blocks = _read(entry, found[0].shape)
-            dtype, bias = found[0].parameter.dtype, module._parameters.get("bias") is not None
+            dtype = found[0].parameter.dtype
+            if isinstance(module, nn.Embedding):
+                table = BlockSparseEmbedding(
+                    *shape, block, None, module.padding_idx, "meta", dtype, blocks=blocks
+                )
+                return table.train(module.training)
+            bias = module._parameters.get("bias") is not None
             sparse = BlockSparseLinear(shape[1], shape[0], block, None, bias, "meta", dtype, blocks=blocks)
             sparse.transposed = kind == "conv1d"
             return sparse.train(module.training)

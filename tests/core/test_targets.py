@@ -259,10 +259,7 @@ def test_what_looks_prunable_but_is_not_is_listed():
         ("re:(", r"'re:\(' is not a regular expression: "),
         ("Module", "matches nothing"),
         ("", "matches nothing"),
-        (
-            "model.embed_tokens",
-            "model.embed_tokens is of class Embedding; what can be pruned are linear layers",
-        ),
+        ("model.norm", "model.norm is of class LlamaRMSNorm; what can be pruned are linear layers"),
         ("LlamaRMSNorm", "holds no layer that can be pruned: .* is of class LlamaRMSNorm"),
     ],
     ids=str,

@@ -41,7 +41,8 @@ def _zeroed(model, share=0.5):
     """Prunes every layer at random by zeros and returns the masks."""
     masks = {}
     for name, module in list(model.named_modules()):
-        if "head" in name or "router" in name or name.rsplit(".", 1)[-1] == "gate":
+        skipped = "head" in name or "router" in name or name.rsplit(".", 1)[-1] == "gate"
+        if skipped or isinstance(module, nn.Embedding):
             continue
         for layer in kinds.matrices(name, module, BLOCK):
             mask = BlockMask(torch.rand(layer.grid) < share, layer.shape, BLOCK)
