@@ -31,16 +31,17 @@ from sparsify.kernels import recurrence
 
 
 def layers(
-    cls: type[nn.Module], hidden: int, block: str, sparsity: float
+    cls: type[nn.Module], hidden: int, block: str, sparsity: float, device: str = "cpu"
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """A block-sparse layer, the dense one with zeros that it stands for, and one without zeros; float32."""
     torch.manual_seed(0)
-    net = nn.ModuleDict({"rnn": cls(hidden, hidden)})
+    with torch.device(device):
+        net = nn.ModuleDict({"rnn": cls(hidden, hidden)})
     whole, zeros = copy.deepcopy(net["rnn"]), copy.deepcopy(net)
     result = sparsify.prune(net, method="random_blocks", block=block, sparsity=sparsity, scope="layer")
     with torch.no_grad():
         for name, mask in result.masks.items():
-            zeros.get_parameter(name).mul_(mask.elements())
+            zeros.get_parameter(name).mul_(mask.elements().to(device))
     return net["rnn"], zeros["rnn"], whole
 
 
@@ -88,7 +89,7 @@ def check(sparse: nn.Module, zeros: nn.Module, x: Tensor, dy: Tensor, dtype: tor
     exact = copy.deepcopy(zeros).to(x.device, torch.float32)
     for layer, kind in ((exact, torch.float32), (sparse, dtype), (zeros, dtype)):
         given = x.to(kind).requires_grad_()
-        with torch.enable_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             y = layer(given)[0]
             results.append((y.detach(), torch.autograd.grad(y, given, dy.to(kind))[0]))
     found = {}
@@ -104,7 +105,7 @@ def case(
 ) -> list[dict[str, Any]]:
     """Rows of one shape: forward and training, as CUDA graphs and eagerly."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    sparse, zeros, whole = layers(getattr(nn, options.kind.upper()), hidden, block, sparsity)
+    sparse, zeros, whole = layers(getattr(nn, options.kind.upper()), hidden, block, sparsity, options.device)
     x, dy = (torch.randn(options.steps, batch, hidden).to(device, dtype) for _ in range(2))
     for layer in (sparse, zeros, whole):
         layer.to(device, dtype)

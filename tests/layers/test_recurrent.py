@@ -284,6 +284,30 @@ def test_masked_in_search_as_linear_layers_are() -> None:
         assert "_masked_parameters" not in net.rnn.__dict__
 
 
+@pytest.mark.parametrize("method", ["group_lasso", "magnitude", "movement", "prune_and_grow"])
+def test_pruned_while_it_is_trained(method: str) -> None:
+    """In a loop of one's own; converted at the end it computes what it did under its masks."""
+    net = Net(nn.LSTM(INPUTS, 24, 2, batch_first=True))
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    loop = sparsify.SparsifyLoop(net, optimizer, method=method, block=8, sparsity=0.5, steps=12)
+    x = torch.randn(4, 5, INPUTS)
+    losses = []
+    for _ in range(12):
+        loss = (net(x)[0] - x.mean(2, keepdim=True)).square().mean()
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    before = net(x)[0].detach()
+    masks = loop.finish()
+    assert losses[-1] < losses[0]
+    whole = sum(mask.shape[0] * mask.shape[1] for mask in masks.values())
+    kept = sum(mask.elements_kept for mask in masks.values())
+    assert len(masks) == 4 and kept / whole == pytest.approx(0.5, abs=0.02)
+    assert isinstance(net.rnn, BlockSparseLSTM)
+    torch.testing.assert_close(net(x)[0], before)
+
+
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU], ids=["lstm", "gru"])
 def test_calibration_shows_each_weight_its_inputs(cls: Any) -> None:
     """A second-order pruner with enough data leaves less error than magnitude at the same sparsity."""
