@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from sparsify.checkpoint.format import KEPT_DENSE
 from sparsify.checkpoint.quantizer import attach
+from sparsify.conv_speed import slower_convolutions
 from sparsify.kernels.tuning_files import device_name
 from sparsify.layers import swap
-from sparsify.layers.kinds import dense_kind
+from sparsify.layers.kinds import dense_kind, every_matrix
 from sparsify.prediction import predict
 from sparsify.recipe import ConvertStage
 from sparsify.stages.state import State
@@ -22,7 +23,9 @@ def run(stage: ConvertStage, state: State) -> None:
 
 
 def choose(state: State, dense_where_slower: str) -> None:
-    """Decides which masked layers stay dense because they are predicted to run slower block-sparse, and says so.
+    """Decides which masked layers stay dense because they would run slower block-sparse, and says so.
+
+    Linear layers are predicted from what was measured of this machine before; convolutions are timed now, on a GPU.
 
     Args:
         state: The state of the run; its `slower` is brought up to date.
@@ -39,11 +42,22 @@ def choose(state: State, dense_where_slower: str) -> None:
         if name not in state.slower and mask.blocks_kept
     }
     unknown, slower = 0, {}
+    convolutions = {
+        layer.name
+        for name, module in modules.items()
+        if dense_kind(module) == "convolution"
+        for layer in every_matrix(name, module)
+    } & layers.keys()
+    if convolutions and state.device.type == "cuda":
+        with state.progress.task("timing convolutions"):
+            slower = slower_convolutions(state.model, state.dense_masks, state.device, state.model.dtype)
     for name, mask in layers.items():
         prediction = None
-        # Experts are swapped all together, and each works on the tokens that are sent to it: nothing predicts them, nor
-        # convolutions, whose pixels are never few.
-        if name in modules and dense_kind(modules[name]) != "convolution":
+        if name in convolutions and state.device.type == "cuda":
+            continue
+        # Experts are swapped all together, and each works on the tokens that are sent to it: nothing predicts them. A
+        # lookup multiplies nothing.
+        if name in modules and name not in convolutions and dense_kind(modules[name]) != "embedding":
             prediction = predict(state.device, state.model.dtype, mask.block, mask.shape, mask.density)
         if prediction is None:
             unknown += 1
@@ -59,8 +73,8 @@ def choose(state: State, dense_where_slower: str) -> None:
         )
     if slower:
         state.note(
-            f"dense_where_slower: {len(slower)} of {count} pruned weights stay dense, with zeros, because they are "
-            f"predicted to run slower block-sparse on {machine}; `never` packs them all the same"
+            f"dense_where_slower: {len(slower)} of {count} pruned weights stay dense, with zeros, because they "
+            f"would run slower block-sparse on {machine}; `never` packs them all the same"
         )
 
 

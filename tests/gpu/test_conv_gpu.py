@@ -98,3 +98,14 @@ def test_no_buffer_of_patches():
     # The input's gradient, and float32 parts of the weight's: 1024 blocks at the most.
     limit = x.numel() * x.element_size() + 1024 * 64 * 32 * 4 + sparse.weight.numel() * 8
     assert torch.cuda.max_memory_allocated() - before < 1.1 * limit
+
+
+def test_both_forms_are_timed_to_choose():
+    from sparsify.conv_speed import speedup
+
+    dense = nn.Conv2d(512, 512, 3, padding=1)
+    device = torch.device("cuda")
+    few = BlockSparseConv2d.from_conv(dense, torch.rand(8, 8) < 0.1, "64x64")
+    assert speedup(dense, few, device, torch.bfloat16) > 1
+    small = BlockSparseConv2d.from_conv(dense, torch.ones(64, 64, dtype=torch.bool), "8x8")
+    assert speedup(dense, small, device, torch.bfloat16) < 1
