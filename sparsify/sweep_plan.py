@@ -222,11 +222,15 @@ def _refuse_as_held_out(evaluation: Any, calibration: Any) -> None:
             f"--eval {_name(evaluation)} looks like a test split, and nothing may be chosen on test data: give the "
             f"validation (dev) split"
         )
-    if calibration is None or evaluation.path is None or calibration.path is None:
+    if calibration is None or (evaluation.path is None) != (calibration.path is None):
         return
-    if Path(evaluation.path).resolve() == Path(calibration.path).resolve():
+    if evaluation.path is not None:
+        seen = Path(evaluation.path).resolve().is_relative_to(Path(calibration.path).resolve())
+    else:
+        seen = _name(evaluation) == _name(calibration)
+    if seen:
         raise ConfigError(
-            f"--eval and --data are both {evaluation.path}: give held-out data, that calibration does not see"
+            f"--eval {_name(evaluation)} is part of --data: give held-out data, which calibration does not see"
         )
 
 

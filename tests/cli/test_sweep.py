@@ -287,8 +287,15 @@ def test_nothing_is_chosen_on_a_test_split(model, texts, tmp_path, name):
 
 
 def test_calibration_data_are_not_held_out(model, texts, tmp_path):
-    arguments = ("--data", texts[0], "--eval", texts[0], "--out", tmp_path / "sweep", *FEW)
-    refused(invoke(model, *arguments), "give held-out data, that calibration does not see")
+    for data, held_out in (
+        ((texts[0],), (texts[0],)),
+        ((tmp_path,), (texts[1],)),  # the folder that it lies in
+        (("some:set",), ("some:set", "--split", "train")),
+    ):
+        arguments = ("--data", *data, "--eval", *held_out, "--out", tmp_path / "sweep", *FEW)
+        refused(
+            invoke(model, *arguments), "is part of --data: give held-out data, which calibration does not see"
+        )
 
 
 def test_a_folder_that_holds_something_else(model, texts, tmp_path):
