@@ -1,8 +1,10 @@
 """Convolutions with a block-sparse weight in plain torch: the CPU path, and what float64 runs on.
 
-One kernel position after the other: the input pixels that meet it are a strided view of the input, and with the blocks
-of that position it is the linear layer's product of `reference`. So there is one copy of (at most) the input at a time,
-and never one of every position's side by side. Sums over positions are float32 at least.
+Two ways, chosen by block and density. *By position*, one kernel position after the other: the input pixels that meet
+it are a strided view of the input, and with the blocks of that position it is the linear layer's product of
+`reference`. So there is one copy of (at most) the input at a time, and never one of every position's side by side. Sums
+over positions are float32 at least. *Dense*: where small blocks cost a CPU more than the zeros between them, the weight
+is laid out with its zeros for the length of the call, and torch's own convolution runs.
 """
 
 from __future__ import annotations
@@ -17,6 +19,12 @@ from sparsify.kernels import reference
 from sparsify.kernels.conv_geometry import Geometry
 from sparsify.kernels.schedule import cached
 from sparsify.kernels.storage import Topology, topology
+
+# How many times as long a multiplication takes a CPU in blocks of side `s` as in a dense convolution: the larger of
+# `SLOWER` and `SLOWER_SIDE / s`. Measured with one thread at 8x8 to 64x64, 64 and 256 channels, forward and backward.
+SLOWER, SLOWER_SIDE = 2.0, 150.0
+# Multiplications of a dense convolution that take as long as to copy one number.
+COPY = 32
 
 
 class _Part(NamedTuple):
@@ -90,6 +98,66 @@ def _meeting(
     return found[0], found[1]
 
 
+def _small_blocks(values: Tensor, topo: Topology, geometry: Geometry) -> bool:
+    """Whether a CPU multiplies the dense weight, zeros and all, faster than its blocks."""
+    if values.device.type != "cpu":
+        return False
+    blocks, block_in, block_out = values.shape
+    places = (topo.crow.numel() - 1) * geometry.positions * geometry.grid(block_in, block_out)[1]
+    share = blocks / max(1, places) * max(SLOWER, SLOWER_SIDE / min(block_in, block_out))
+    # Every position copies its pixels' inputs and adds up their outputs.
+    return share + COPY * (1 / geometry.group_in + 1 / geometry.group_out) >= 1
+
+
+def _laid_out(values: Tensor, topo: Topology, geometry: Geometry) -> Tensor:
+    """The dense weight `(O, I / groups, height, width)`."""
+    _, block_in, block_out = values.shape
+    rows, cols = geometry.grid(block_in, block_out)
+    blocks = values.new_zeros(geometry.groups * rows, geometry.positions * cols, block_in, block_out)
+    blocks[topo.row.long(), topo.col.long()] = values
+    parts = blocks.unflatten(1, (geometry.positions, cols)).unflatten(0, (geometry.groups, rows))
+    parts = parts.permute(0, 1, 5, 3, 4, 2).flatten(3, 4).flatten(1, 2)  # [groups, R bo, C bi, P]
+    weight = parts[:, : geometry.group_out, : geometry.group_in].flatten(0, 1)
+    return weight.unflatten(2, (geometry.kernel_h, geometry.kernel_w)).contiguous()
+
+
+def _stored(weight: Tensor, topo: Topology, geometry: Geometry, block_in: int, block_out: int) -> Tensor:
+    """Inverse of `_laid_out`: the stored blocks of a dense weight, `(Z, bi, bo)`; padding is zero."""
+    rows, cols = geometry.grid(block_in, block_out)
+    parts = weight.flatten(2).unflatten(0, (geometry.groups, -1))
+    margins = cols * block_in - geometry.group_in, rows * block_out - geometry.group_out
+    parts = torch.nn.functional.pad(parts, (0, 0, 0, margins[0], 0, margins[1]))
+    parts = parts.unflatten(2, (cols, block_in)).unflatten(1, (rows, block_out))  # [groups, R, bo, C, bi, P]
+    blocks = parts.permute(0, 1, 5, 3, 4, 2).flatten(2, 3).flatten(0, 1)
+    return blocks[topo.row.long(), topo.col.long()].contiguous()
+
+
+def _settings(geometry: Geometry) -> tuple[list[int], list[int], list[int]]:
+    """Stride, padding and dilation as torch takes them, of inputs that are padded already where sides differ."""
+    even = (geometry.top, geometry.left) == (geometry.bottom, geometry.right)
+    padding = [geometry.top, geometry.left] if even else [0, 0]
+    return [geometry.stride_h, geometry.stride_w], padding, [geometry.dilation_h, geometry.dilation_w]
+
+
+def _margins(geometry: Geometry) -> tuple[int, int, int, int]:
+    """What is to be added to inputs of uneven padding: left, right, top, bottom."""
+    if (geometry.top, geometry.left) == (geometry.bottom, geometry.right):
+        return 0, 0, 0, 0
+    return geometry.left, geometry.right, geometry.top, geometry.bottom
+
+
+def _gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a dense convolution's input `(B, I, H, W)`, padded where sides differ, and weight."""
+    strides, padding, dilations = _settings(geometry)
+    grads = torch.ops.aten.convolution_backward(
+        dy.permute(0, 3, 1, 2), x, weight, None, strides, padding, dilations, False, [0, 0], geometry.groups,
+        [*wanted, False],
+    )  # fmt: skip
+    return grads[0], grads[1]
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
@@ -108,6 +176,12 @@ def conv(x: Tensor, values: Tensor, bias: Tensor | None, topo: Topology, geometr
         `(B, OH, OW, O)`, contiguous.
     """
     geometry = Geometry(*geometry)
+    if _small_blocks(values, topo, geometry) and x.numel():
+        weight, (strides, padding, dilations) = _laid_out(values, topo, geometry), _settings(geometry)
+        images = torch.nn.functional.pad(x.permute(0, 3, 1, 2), _margins(geometry))
+        images = images.contiguous(memory_format=torch.channels_last)
+        found = torch.nn.functional.conv2d(images, weight, bias, strides, padding, dilations, geometry.groups)
+        return found.permute(0, 2, 3, 1).contiguous()
     size = (x.shape[1], x.shape[2])
     y = x.new_zeros(x.shape[0], *geometry.out_size(*size), geometry.out_channels, dtype=_wide(x.dtype))
     for part in _parts(topo, geometry, (values.shape[1], values.shape[2]), size):
@@ -138,6 +212,12 @@ def conv_dx(
         `(B, H, W, I)`, contiguous.
     """
     geometry = Geometry(*geometry)
+    if _small_blocks(values, topo, geometry) and dy.numel():
+        left, right, top, bottom = _margins(geometry)
+        sides = height + top + bottom, width + left + right
+        like = dy.new_empty(1).expand(len(dy), geometry.in_channels, *sides)  # its values do not matter
+        images, _ = _gradient(dy, like, _laid_out(values, topo, geometry), geometry, (True, False))
+        return images[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1).contiguous()
     dx = dy.new_zeros(dy.shape[0], height, width, geometry.in_channels, dtype=_wide(dy.dtype))
     for part in _parts(topo, geometry, (values.shape[1], values.shape[2]), (height, width)):
         seen = dy[part.outputs]
@@ -165,6 +245,14 @@ def conv_dw(
         `(Z, bi, bo)`, contiguous; exactly zero in the padding.
     """
     geometry = Geometry(*geometry)
+    if (
+        _small_blocks(x.new_empty(1).expand(topo.col.numel(), block_in, block_out), topo, geometry)
+        and dy.numel()
+    ):
+        images = torch.nn.functional.pad(x.permute(0, 3, 1, 2), _margins(geometry))
+        shape = (geometry.out_channels, geometry.group_in, geometry.kernel_h, geometry.kernel_w)
+        _, weight = _gradient(dy, images, x.new_empty(1).expand(shape), geometry, (False, True))
+        return _stored(weight, topo, geometry, block_in, block_out)
     dw = x.new_zeros(topo.col.numel(), block_in, block_out)
     for part in _parts(topo, geometry, (block_in, block_out), (x.shape[1], x.shape[2])):
         dy_seen = dy[part.outputs].reshape(-1, geometry.group_out)

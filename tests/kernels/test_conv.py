@@ -13,10 +13,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="with a GPU the compiled kernels are tested")
 
 
+@pytest.mark.parametrize("way", ["by_position", "dense"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_reference(case, dtype):
+def test_reference(case, dtype, way, monkeypatch):
+    monkeypatch.setattr(conv_reference, "_small_blocks", lambda *_: way == "dense")
     check_products(case, dtype, conv_reference)
+
+
+def test_small_blocks_are_multiplied_with_their_zeros():
+    for block, density, dense in ((8, 0.5, True), (8, 0.03, False), (64, 0.8, True), (64, 0.25, False)):
+        # Of 512 channels; with few channels copies cost more than is saved.
+        o = make(Case((4, 4), (512, 512), (block, block)), torch.float32)
+        blocks = round(density * 9 * (512 // block) ** 2)
+        values = torch.empty(1).expand(blocks, block, block)
+        assert conv_reference._small_blocks(values, o.topo, o.geometry) == dense
+        few = make(Case((4, 4), (64, 64), (block, block)), torch.float32)
+        assert conv_reference._small_blocks(values[:0], few.topo, few.geometry)
 
 
 @interpreted

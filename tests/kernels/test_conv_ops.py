@@ -109,7 +109,7 @@ def test_wrong_operands_are_named():
         block_sparse_conv(o.x[:, :2, :0], o.values, o.bias, o.topo, o.geometry)
 
 
-def test_no_patches_are_gathered_side_by_side():
+def test_no_patches_are_gathered_side_by_side(monkeypatch):
     """The largest tensor that the CPU path makes is of the size of input or output, not nine times that."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -122,6 +122,7 @@ def test_no_patches_are_gathered_side_by_side():
                 Largest.seen = max(Largest.seen, result.untyped_storage().nbytes())
             return result
 
+    monkeypatch.setattr(conv_reference, "_small_blocks", lambda *_: False)
     o = _make(Case((24, 24), (32, 32), batch=4, density=0.3))
     with Largest():
         conv_reference.conv(o.x, o.values, o.bias, o.topo, o.geometry)
