@@ -46,7 +46,7 @@ def _meet(counter_ptr, arrivals):
     """Waits until `arrivals` programs have come here; what they wrote before is visible after."""
     tl.debug_barrier()  # all threads have stored before one of them reports it
     tl.atomic_add(counter_ptr, 1, sem="acq_rel")
-    while tl.atomic_add(counter_ptr, 0, sem="acq_rel") < arrivals:
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < arrivals:
         pass
     tl.debug_barrier()
 
