@@ -240,7 +240,7 @@ def test_model_with_nothing_to_prune(tmp_path, out):
 
     folder = tmp_path / "convolutions"
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(folder)
-    refused("nothing in ResNetModel can be pruned", "prune", folder, "--out", out)
+    refused("nothing is left to prune in ResNetModel", "prune", folder, "--out", out)
 
 
 def test_existing_output_is_replaced_only_by_force(clean, tmp_path, out):
