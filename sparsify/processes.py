@@ -35,7 +35,8 @@ def join(device: str) -> str:
         The device of this process.
 
     Raises:
-        ConfigError: If the launch does not fit: FSDP1, fewer GPUs than processes, or a GPU by number.
+        ConfigError: If the launch does not fit: FSDP1, weights from the first process alone, too few GPUs for the
+            processes, or a GPU by number.
     """
     global _meeting
     if not several():
@@ -44,6 +45,11 @@ def join(device: str) -> str:
         raise ConfigError(
             "FSDP 1 is not supported: set fsdp_version: 2 in the launch's configuration (sparsify recipe show "
             "accelerate/fsdp2)"
+        )
+    if is_sharding() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("true", "1"):
+        raise ConfigError(
+            "fsdp_cpu_ram_efficient_loading shards buffers too, which cannot be done to the indices of packed blocks: "
+            "set it to false in the launch's configuration; every process has loaded the model already"
         )
     from accelerate import PartialState
 

@@ -205,7 +205,7 @@ class BlockSparseConv(PackedModule):
 
     def dense_weight(self) -> Tensor:
         """The weight as `(O, I / groups, *kernel)`, zero where no block is stored; a detached copy."""
-        return self.layout.unpack(self.weight.detach(), self._stored())
+        return self.layout.unpack(self.whole_values("weight"), self._stored())
 
     def reset_parameters(self) -> None:
         """Initialises as torch's convolutions do, for the mean number of stored inputs; padding is zero."""

@@ -154,11 +154,20 @@ class BlockSparseLinear(PackedModule):
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, mask.block, bias=bias is not None, device="meta", blocks=0)
         mask = layer._own_mask(mask)
-        layer.weight = nn.Parameter(pack(weight.detach(), mask), requires_grad=weight.requires_grad)
+        values = nn.Parameter(pack(weight.detach(), mask), requires_grad=weight.requires_grad)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-        description = PackedWeight("weight", "", 1, layer.shape, mask.block, mask.blocks_kept)
-        layer._register(description, [mask])
+            bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        return cls.from_packed(values, bias, mask)
+
+    @classmethod
+    def from_packed(
+        cls, values: nn.Parameter, bias: nn.Parameter | None, mask: BlockMask
+    ) -> BlockSparseLinear:
+        """A layer of these very parameters, the blocks `(Z, bi, bo)` that `mask` keeps of an `(N, K)` weight."""
+        out_features, in_features = mask.shape
+        layer = cls(in_features, out_features, mask.block, bias=bias is not None, device="meta", blocks=0)
+        layer.weight, layer.bias = values, bias
+        layer._register(PackedWeight("weight", "", 1, mask.shape, mask.block, mask.blocks_kept), [mask])
         return layer
 
     def dense_weight(self) -> Tensor:

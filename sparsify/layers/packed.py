@@ -174,10 +174,18 @@ class PackedModule(nn.Module):
         return masks
 
     def dense_of(self, name: str, index: int = 0) -> Tensor:
-        """Matrix `index` of the packed weight `name` as `(N, K)` with zeros; a detached copy."""
+        """Matrix `index` of the packed weight `name` as `(N, K)` with zeros; a detached copy.
+
+        Where the weight is sharded (FSDP2), its parts are gathered: every process has to call it.
+        """
         topo = self.topology(name, index)
-        values = getattr(self, name).detach()[self.block_range(name, index)]
+        values = self.whole_values(name)[self.block_range(name, index)]
         return unpack(values, topo.crow, topo.col, self.packed[name].shape)
+
+    def whole_values(self, name: str) -> Tensor:
+        """All blocks `(Z, bi, bo)` of the packed weight `name`, detached; gathered where it is sharded (FSDP2)."""
+        values = getattr(self, name).detach()
+        return values.full_tensor() if hasattr(values, "full_tensor") else values
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

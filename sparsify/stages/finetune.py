@@ -23,7 +23,7 @@ from sparsify.stages.state import State
 from sparsify.training.finetune import precision_of, train
 from sparsify.training.pruning_callback import PruningCallback
 from sparsify.training.samples import Samples, load_samples
-from sparsify.training.sharding import fill, gathered, spare
+from sparsify.training.sharding import fill, freeze_empty, gathered, spare
 
 
 def run(stage: FinetuneStage, state: State) -> None:
@@ -108,6 +108,8 @@ def _heal(stage: FinetuneStage, state: State, samples: Samples, length: int) -> 
         pack(state)
     state.keep()
     whole = spare(state.model) if processes.is_sharding() else None
+    if whole is not None:
+        freeze_empty(state.model)
     # All that is masked, or what stays dense beside packed layers.
     masking.mask_model(state.model, state.dense_masks, dense_gradient=False)
     kept = totals(state.masks)["sparsity"]
@@ -145,12 +147,10 @@ def _dense_where_slower(state: State) -> str:
 
 def _form(stage: FinetuneStage, state: State, tokens: int) -> str:
     """`packed`, `masked`, or `dense` where there is no mask."""
-    if processes.is_sharding() and (
-        sparse_modules(state.model) or stage.heal == "packed" or stage.lora is not None
-    ):
+    if processes.is_sharding() and stage.lora is not None:
         raise ConfigError(
-            "packed blocks cannot be sharded: heal masked (heal: masked), or launch with DDP (sparsify recipe "
-            "show accelerate/ddp)"
+            "low-rank updates cannot be sharded: leave `lora` out to train the packed blocks themselves in shards, or "
+            "launch with DDP (sparsify recipe show accelerate/ddp)"
         )
     if sparse_modules(state.model):  # of a block-sparse source, perhaps with more masks since
         return "packed"
@@ -167,9 +167,7 @@ def _form(stage: FinetuneStage, state: State, tokens: int) -> str:
     key = f"heal.{state.index}"
     if key not in state.choices:
         later = state.recipe.stages[state.index :]
-        if processes.is_sharding():
-            state.choices[key], reason = "masked", "packed blocks cannot be sharded"
-        elif any(other.stage == "convert" and other.format == "dense" for other in later):
+        if any(other.stage == "convert" and other.format == "dense" for other in later):
             state.choices[key], reason = "masked", "the result is to be dense"
         else:
             with state.progress.task("timing both ways to heal"):

@@ -101,6 +101,16 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def freeze_empty(model: nn.Module) -> None:
+    """Asks for no gradient of weights of which no block is stored: FSDP2 cannot reduce one without elements.
+
+    Call it before `fully_shard` where a packed layer may be empty.
+    """
+    for parameter in model.parameters():
+        if parameter.numel() == 0:
+            parameter.requires_grad_(False)
+
+
 def _whole(parameter: nn.Parameter) -> nn.Parameter:
     def full(tensor: Tensor) -> Tensor:
         return tensor.detach().full_tensor()  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from sparsify import pipeline
+from sparsify import pipeline, processes
 from sparsify.cli.main import app
+from sparsify.errors import ConfigError
 from sparsify.layers.swap import masks_of
 from sparsify.recipe import Recipe
 from tests.cli import checkpoints
@@ -142,7 +144,7 @@ def test_search_and_masked_healing_under_fsdp2_resume_and_give_what_one_process_
 ):
     for key, value in FSDP2.items():
         monkeypatch.setenv(key, value)
-    stages = ({**TRAIN, "pruner": SEARCH}, {**TRAIN, "heal": "auto"}, "convert", "report")
+    stages = ({**TRAIN, "pruner": SEARCH}, {**TRAIN, "heal": "masked"}, "convert", "report")
     recipe = make_recipe(place, "out", 2, *stages)
     monkeypatch.setenv("STOP_AT", "4")
     stopped = launch(place, recipe, script=__file__)
@@ -152,7 +154,7 @@ def test_search_and_masked_healing_under_fsdp2_resume_and_give_what_one_process_
     monkeypatch.delenv("STOP_AT")
     told = launch(place, recipe, "--resume", script=__file__)
     assert [code for code, _, _ in told] == [0, 0], told
-    assert "going on from step 3" in told[0][2] and "packed blocks cannot be sharded" in told[0][2]
+    assert "going on from step 3" in told[0][2]
     assert [(place / f"sharded-{rank}").read_text() for rank in range(RANKS)] == ["all", "all"]
     for key in FSDP2:
         monkeypatch.delenv(key)
@@ -171,16 +173,58 @@ def test_search_and_masked_healing_under_fsdp2_resume_and_give_what_one_process_
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_packed_blocks_are_not_sharded(place: Path, monkeypatch):
+def test_packed_healing_under_fsdp2_resumes_and_gives_what_one_process_gives(place: Path, monkeypatch):
+    for key, value in FSDP2.items():
+        monkeypatch.setenv(key, value)
+    # Two layers keep one block or none: fewer than there are processes.
+    prune = {"stage": "prune", "block": "32x32", "sparsity": 0.5, "scope": "global"}
+    stages = (prune, {**TRAIN, "heal": "packed"}, "convert", "report")
+    monkeypatch.setenv("STOP_AT", "4")
+    stopped = launch(place, make_recipe(place, "out", 2, *stages), script=__file__)
+    assert [code for code, _, _ in stopped] == [130, 130], stopped
+    monkeypatch.delenv("STOP_AT")
+    told = launch(place, make_recipe(place, "out", 2, *stages), "--resume", script=__file__)
+    assert [code for code, _, _ in told] == [0, 0], told
+    assert "going on from step 3" in told[0][2]
+    assert [(place / f"sharded-{rank}").read_text() for rank in range(RANKS)] == ["all", "all"]
+    for key in FSDP2:
+        monkeypatch.delenv(key)
+    alone = pipeline.run(Recipe.from_dict(make_recipe(place, "alone", 4, *stages)))
+    assert alone.report is not None
+    report = json.loads((place / "out" / "sparsify_report.json").read_text())
+    losses = [[point["loss"] for point in every["history"][0]["points"]] for every in (report, alone.report)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    two, one = (AutoModelForCausalLM.from_pretrained(place / name).state_dict() for name in ("out", "alone"))
+    assert two.keys() == one.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_cannot_be_sharded_is_told(place: Path, monkeypatch):
     for key, value in FSDP2.items():
         monkeypatch.setenv(key, value)
     prune = {"stage": "prune", "block": "32x32", "sparsity": 0.5}
-    told = launch(place, make_recipe(place, "out", 2, prune, {**TRAIN, "heal": "packed"}), script=__file__)
+    recipe = make_recipe(place, "out", 2, prune, {**TRAIN, "lora": {"rank": 4}})
+    told = launch(place, recipe, script=__file__)
     assert [code for code, _, _ in told] == [2, 0], told
-    assert "error: packed blocks cannot be sharded: heal masked" in told[0][2]
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    told = launch(place, make_recipe(place, "out", 2, prune, {**TRAIN, "heal": "packed"}), script=__file__)
-    assert "error: FSDP 1 is not supported: set fsdp_version: 2" in told[0][2]
+    assert "error: low-rank updates cannot be sharded: leave `lora` out" in told[0][2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("FSDP_VERSION", "1", "FSDP 1 is not supported: set fsdp_version: 2"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading shards buffers"),
+    ],
+)
+def test_launches_that_cannot_shard_are_refused(name: str, value: str, error: str, monkeypatch):
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    for key, setting in {**FSDP2, **launched, name: value}.items():
+        monkeypatch.setenv(key, setting)
+    with pytest.raises(ConfigError, match=error):
+        processes.join("cpu")
 
 
 @pytest.mark.slow
