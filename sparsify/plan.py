@@ -338,8 +338,10 @@ def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.dev
         plan.sparsity, plan.scope = settings.sparsity, scopes.name_of(settings.scope)
         if not packs:
             continue
-        # Nothing is measured of experts, whose matrices have an index, and of convolutions.
-        judged = [layer for layer in selection.layers if layer.index is None and layer.conv is None]
+        # Nothing is measured of convolutions, nor of experts and recurrent layers, whose matrices have their own names.
+        judged = [
+            layer for layer in selection.layers if layer.name == layer.module_name and layer.conv is None
+        ]
         names = {layer.name for layer in judged}
         shapes, dtype = [layer.shape for layer in judged], selection.layers[0].parameter.dtype
         line = warning(device, dtype, settings.block, shapes, settings.sparsity)
