@@ -150,6 +150,17 @@ def _recurrence(
     return 2 * gates[0] * (math.prod(weight) + (0 if projection is None else math.prod(projection)))
 
 
+def _experts(x: Any, values: Any, bias: Any, topology: Any, groups: Any, *_: Any, **__: Any) -> int:
+    # Each slot meets the blocks of one expert; which one is the data's matter, so all count alike.
+    (slots,), (bounds,) = groups
+    blocks, block_in, block_out = values
+    return round(2 * slots * blocks * block_in * block_out / (bounds - 1))
+
+
+def _experts_activated(x: Any, values: Any, bias: Any, scale: Any, *rest: Any, **__: Any) -> int:
+    return _experts(x, values, bias, *rest)
+
+
 def _grouped(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     # Each row of `a` (tokens, K) meets one of the matrices `b` (groups, K, N).
     return 2 * a[0] * a[1] * b[-1]
@@ -165,6 +176,8 @@ _FORMULAS: dict[Any, Any] = {
     torch.ops.sparsify.activated: _dsd,
     torch.ops.sparsify.gated: _gated,
     torch.ops.sparsify.conv: _conv,
+    torch.ops.sparsify.grouped: _experts,
+    torch.ops.sparsify.grouped_activated: _experts_activated,
     torch.ops.aten._grouped_mm: _grouped,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }

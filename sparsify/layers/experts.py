@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.kernels.ops import block_sparse_linear
-from sparsify.kernels.storage import pack
+from sparsify.kernels.grouped_ops import (
+    block_sparse_grouped,
+    block_sparse_grouped_activated,
+    group_by_expert,
+)
+from sparsify.kernels.grouped_reference import Groups
+from sparsify.kernels.storage import Topology, pack
+from sparsify.layers.mlp_patterns import activation_name
 from sparsify.layers.packed import PackedModule, PackedWeight
 
 
@@ -56,6 +62,9 @@ class BlockSparseExperts(PackedModule):
         self.is_transposed = bool(getattr(dense, "is_transposed", False))
         self.gated = bool(getattr(dense, "has_gate", True)) and self.first == "gate_up_proj"
         self._gate = type(dense)._apply_gate  # pyright: ignore[reportAttributeAccessIssue]
+        # What the products' kernels can do themselves: transformers' own `act(gate) * up`, and plain activations.
+        usual = not self.gated or self._gate.__name__ == "_default_apply_gate"
+        self._activation = activation_name(getattr(self, "act_fn", None)) if usual else None
         self.train(dense.training)
 
     def add_weight(
@@ -94,45 +103,58 @@ class BlockSparseExperts(PackedModule):
         dense = torch.stack([self.dense_of(name, expert) for expert in range(self.num_experts)])
         return dense.transpose(1, 2).contiguous() if self.is_transposed else dense
 
-    def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
-        values = getattr(self, name)[self.block_range(name, expert)]
-        bias = self._parameters.get(f"{name}_bias")
-        return block_sparse_linear(
-            x,
-            values,
-            None if bias is None else bias[expert],
-            self.topology(name, expert),
-            self.packed[name].shape[0],
+    def stacked_topology(self, name: str) -> Topology:
+        """Index vectors of all experts' matrices of one weight, as `kernels.grouped_reference` describes them."""
+        _, *derived = self._index_names[name]
+        indices = (self._buffers[own] for own in (f"{self.packed[name].prefix}crow_indices", *derived))
+        return Topology(*indices)  # pyright: ignore[reportArgumentType]
+
+    def _project(self, name: str, x: Tensor, groups: Groups) -> Tensor:
+        values, bias = getattr(self, name), self._parameters.get(f"{name}_bias")
+        return block_sparse_grouped(
+            x, values, bias, self.stacked_topology(name), groups, self.packed[name].shape[0]
+        )
+
+    def _project_activated(
+        self, name: str, x: Tensor, groups: Groups, activation: str = "", scale: Tensor | None = None
+    ) -> Tensor:
+        values, bias = getattr(self, name), self._parameters.get(f"{name}_bias")
+        gated = self.gated and name == self.first
+        topo, features = self.stacked_topology(name), self.packed[name].shape[0]
+        return block_sparse_grouped_activated(
+            x, values, bias, topo, groups, features, activation, scale, gated
         )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any) -> Tensor:
-        """Sends every token through its experts.
+        """Sends every token through its experts: one product for the first projections of all, one for the second.
+
+        Without gradients activation and routing weights are part of the products' kernels.
 
         Args:
             hidden_states: `(tokens, H)`.
-            top_k_index: `(tokens, k)` int64, the experts of each token; `E` or more means none.
+            top_k_index: `(tokens, k)` integers, the experts of each token; `E` or more means none.
             top_k_weights: `(tokens, k)`, their routing weights.
 
         Returns:
             `(tokens, H)`.
         """
-        chosen = top_k_index.flatten()
-        order = torch.argsort(chosen, stable=True)
-        counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
-        output = torch.zeros_like(hidden_states)
-        weights = top_k_weights.flatten()
-        begin = 0
-        for expert, count in enumerate(counts):
-            slots = order[begin : begin + count]
-            begin += count
-            if not count:
-                continue
-            token = slots // top_k_index.shape[1]
-            hidden = self._project(self.first, expert, hidden_states[token])
-            hidden = self._gate(self, hidden) if self.gated else self.act_fn(hidden)  # pyright: ignore[reportCallIssue]
-            hidden = self._project(self.second, expert, hidden) * weights[slots, None]
-            output.index_add_(0, token, hidden.to(output.dtype))
-        return output
+        groups = group_by_expert(top_k_index.flatten(), self.num_experts)
+        if torch.is_grad_enabled():
+            hidden = self._project(self.first, hidden_states, groups)
+            outputs = self._project(self.second, self._activate(hidden), groups)
+            outputs = outputs.unflatten(0, top_k_index.shape) * top_k_weights.unsqueeze(-1)
+        else:
+            if self._activation is None:
+                hidden = self._activate(self._project(self.first, hidden_states, groups))
+            else:
+                hidden = self._project_activated(self.first, hidden_states, groups, self._activation)
+            scale = top_k_weights.flatten()
+            outputs = self._project_activated(self.second, hidden, groups, scale=scale)
+            outputs = outputs.unflatten(0, top_k_index.shape)
+        return outputs.sum(1).to(hidden_states.dtype)
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        return self._gate(self, hidden) if self.gated else self.act_fn(hidden)  # pyright: ignore[reportCallIssue]
 
     def extra_repr(self) -> str:
         """Shape, block shape and stored blocks of both weights, for `print(model)`."""
