@@ -215,6 +215,11 @@ def _dw_kernel(
     tl.store(out, acc.to(dw_ptr.dtype.element_ty))
 
 
+def _tile(pixels: int, side: int, dtype: torch.dtype) -> int:
+    """Pixels per program; fewer where float32 sums of large blocks would not fit the registers."""
+    return min(token_tile(pixels), 64 if dtype == torch.float32 and side > 128 else 128)
+
+
 def _warps(height: int, width: int) -> int:
     return 8 if height * width >= 128 * 128 else 4
 
@@ -256,7 +261,7 @@ def conv(
     if pixels == 0:
         return y
     rows, cols = geometry.grid(block_in, block_out)
-    tile = tile or token_tile(pixels)
+    tile = tile or _tile(pixels, block_out, x.dtype)
     launch(
         _conv_kernel, (geometry.groups * rows * cdiv(pixels, tile), 1, 1),
         (
@@ -300,7 +305,7 @@ def conv_dx(
         return dx
     rows, cols = geometry.grid(block_in, block_out)
     pixels = batch * cdiv(height, geometry.stride_h) * cdiv(width, geometry.stride_w)  # of the largest phase
-    tile = tile or token_tile(pixels)
+    tile = tile or _tile(pixels, block_in, dy.dtype)
     launch(
         _dx_kernel, (geometry.groups * cols * geometry.phases * cdiv(pixels, tile), 1, 1),
         (

@@ -267,15 +267,15 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", default="magnitude", help="pruner")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--epochs", type=int, default=60, help="of pruning and healing, and of dense beside it"
+        "--epochs", type=int, default=40, help="of pruning and healing, and of dense beside it"
     )
-    parser.add_argument("--dense-epochs", type=int, default=30, help="of fine-tuning the published weights")
+    parser.add_argument("--dense-epochs", type=int, default=20, help="of fine-tuning the published weights")
     parser.add_argument(
         "--until", type=float, default=0.5, help="share of the steps after which masks are fixed"
     )
     parser.add_argument("--rate", type=float, default=0.05, help="highest learning rate of pruning")
     parser.add_argument("--dense-rate", type=float, default=0.02, help="highest learning rate of fine-tuning")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--limit", type=int, default=0, help="training pictures; 0 for all")
     parser.add_argument("--jobs", type=int, default=1, help="networks trained at once")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")

@@ -42,6 +42,15 @@ def test_triton_kernels_in_the_interpreter(case, dtype):
 
 
 @interpreted
+def test_the_largest_blocks():
+    from sparsify.kernels import triton_conv
+
+    case = Case((9, 11), (40, 20), (256, 256), kernel=(3, 3), density=1.0, batch=1)
+    check_products(case, torch.float32, triton_conv)
+    check_products(case, torch.bfloat16, triton_conv)
+
+
+@interpreted
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[8]], ids=str)
 def test_tiles_that_no_size_divides(case):
     from sparsify.kernels import triton_conv
