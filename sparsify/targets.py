@@ -174,9 +174,11 @@ class _Candidate:
             if reason is None:
                 continue
             siblings = [other for other in self.layers if other.parameter is layer.parameter]
-            if layer.index is not None and all(reasons[other.name] == reason for other in siblings):
-                name = name.rpartition(".")[0] if layer.conv is None else layer.module_name
-                shape = (len(siblings), *shape)
+            together = all(reasons[other.name] == reason for other in siblings)
+            if layer.conv is not None and together:
+                name, shape = layer.module_name, self.shape
+            elif layer.index is not None and together:
+                name, shape = name.rpartition(".")[0], (len(siblings), *shape)
             entries[name] = KeptDense(name, shape, reason)
         return list(entries.values())
 

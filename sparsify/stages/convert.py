@@ -67,9 +67,10 @@ def choose(state: State, dense_where_slower: str) -> None:
     machine, count = device_name(state.device), len(layers)
     if unknown:
         which = "the" if unknown == count else f"{unknown} of the"
+        verb = "bench" if unknown == len(convolutions) else "tune"
         state.note(
             f"dense_where_slower: nothing like {which} {count} pruned weights was measured on {machine}, so these are "
-            f"packed without knowing whether they run faster; `sparsify tune` measures them"
+            f"packed without knowing whether they run faster; `sparsify {verb}` measures them"
         )
     if slower:
         state.note(
