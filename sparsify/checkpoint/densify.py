@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsify.checkpoint import plain, reader, writer
+from sparsify.checkpoint.sources import module_class
 from sparsify.errors import CheckpointError, OutputError
 from sparsify.layers.fusion import unfuse
 from sparsify.layers.kinds import dense_parameters
@@ -104,7 +105,7 @@ def plan(
         OutputError: If `out` exists, cannot be written or does not fit on its disk.
     """
     info = reader.open_checkpoint(path)
-    plain_class = plain.module_class(info.config)
+    plain_class = module_class(info.config)
     if plain_class is not None and module is None:
         raise CheckpointError(
             f"{path} holds the weights of a plain module, {plain_class}, which your own code builds: make it dense in "

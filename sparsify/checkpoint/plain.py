@@ -18,20 +18,12 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint.files import StoredTensor, read_headers, weight_files
 from sparsify.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, check_format, packed_names
-from sparsify.checkpoint.sources import local_folder, read_config
+from sparsify.checkpoint.sources import MODULE_CLASS, local_folder, module_class, read_config
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers.fusion import fuse
 from sparsify.layers.kinds import build, dense_parameters, entry
 from sparsify.layers.packed import PackedModule
 from sparsify.layers.swap import replace_module, sparse_modules
-
-MODULE_CLASS = "module_class"
-
-
-def module_class(config: Mapping[str, Any]) -> str | None:
-    """The class that a plain module's `config.json` names; `None` for a checkpoint of transformers."""
-    name = config.get(MODULE_CLASS)
-    return name if isinstance(name, str) else None
 
 
 def check_savable(model: nn.Module) -> None:

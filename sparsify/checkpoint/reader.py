@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.checkpoint import plain
 from sparsify.checkpoint.files import StoredTensor, read_headers, weight_files
 from sparsify.checkpoint.format import KEPT_DENSE, QUANT_METHOD, REPORT_FILE, check_format, packed_weights
 from sparsify.checkpoint.sources import check_source, local_folder, read_config
@@ -94,7 +93,7 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, or its indices are corrupted.
     """
-    folder = check_source(path, trust_remote_code=True)  # none of it runs here
+    folder = check_source(path, trust_remote_code=True, plain=True)  # none of it runs here
     config = read_config(folder)
     files = weight_files(folder)
     stored = read_headers(files)
@@ -134,7 +133,7 @@ def read_masks(path: str | Path) -> dict[str, BlockMask]:
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, or its indices are corrupted.
     """
-    folder = check_source(path, trust_remote_code=True)  # none of it runs here
+    folder = check_source(path, trust_remote_code=True, plain=True)  # none of it runs here
     stored = read_headers(weight_files(folder))
     masks: dict[str, BlockMask] = {}
     for name, kind, packed, lookup in _packed_layers(folder, read_config(folder), stored):
@@ -200,14 +199,7 @@ def load(
 
     register()
     folder = check_source(path, trust_remote_code)
-    config = read_config(folder)
-    plain_class = plain.module_class(config)
-    if plain_class is not None:
-        raise CheckpointError(
-            f"{path} holds the weights of a plain module, {plain_class}, which your own code builds: load it in Python "
-            f"with sparsify.load(path, model={plain_class.rpartition(':')[2].rpartition('.')[2]}(...))"
-        )
-    model_class = _model_class(config, task)
+    model_class = _model_class(read_config(folder), task)
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
     if device is not None and str(device) != "cpu":
         options["device_map"] = device if str(device) == "auto" else {"": device}

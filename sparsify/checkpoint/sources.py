@@ -11,27 +11,38 @@ from typing import Any
 from sparsify.checkpoint.files import read_headers, weight_files
 from sparsify.errors import CheckpointError
 
+# Key of a plain module's `config.json`: the module's class, for people and messages alone.
+MODULE_CLASS = "module_class"
 # What no program of ours ever reads from a repository on the Hub.
 _NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
 
 
-def check_source(path: str | Path, trust_remote_code: bool = False, weights: bool = True) -> Path:
+def check_source(
+    path: str | Path, trust_remote_code: bool = False, weights: bool = True, plain: bool = False
+) -> Path:
     """Checks that a checkpoint, dense or block-sparse, is complete and safe to load, before anything is loaded.
 
     Args:
         path: A folder, or a name on the Hub (which is downloaded).
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
         weights: Whether its weights are wanted.
+        plain: Whether it may be that of a plain module, which no config can build.
 
     Returns:
         The local folder.
 
     Raises:
         CheckpointError: If the folder, its `config.json` or a weight file is missing, a file is truncated, the
-            weights are a pickle, or the model needs code from the checkpoint.
+            weights are a pickle, or the model needs code from the checkpoint or of the caller.
     """
     folder = local_folder(path)
     config = read_config(folder)
+    name = module_class(config)
+    if name is not None and not plain:
+        raise CheckpointError(
+            f"{path} holds the weights of a plain module, {name}, which your own code builds: load it in Python with "
+            f"sparsify.load(path, model={name.rpartition(':')[2].rpartition('.')[2]}(...))"
+        )
     if "auto_map" in config and not _is_known_architecture(config) and not trust_remote_code:
         raise CheckpointError(
             f"{path} needs Python code that comes with the checkpoint, which is not run: use a model that "
@@ -84,6 +95,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is damaged (no mapping): fetch it again")
     return config
+
+
+def module_class(config: Mapping[str, Any]) -> str | None:
+    """The class that a plain module's `config.json` names; `None` for a checkpoint of transformers."""
+    name = config.get(MODULE_CLASS)
+    return name if isinstance(name, str) else None
 
 
 def _is_known_architecture(config: Mapping[str, Any]) -> bool:

@@ -81,6 +81,8 @@ def of_model(
         CheckpointError: If the checkpoint is missing or damaged.
         ConfigError: If the checkpoint has masks of its own and others are asked for, or has none and none is.
     """
+    if Path(model).expanduser().is_dir():
+        reader.check_source(model, trust_remote_code, weights=False)
     values = {"model": str(model), "trust_remote_code": trust_remote_code}
     built: Any = skeleton(Recipe.from_dict({"version": 1, "stages": [{"stage": "prune"}]}, values=values))
     if any(is_sparse(module) for module in built.modules()):
