@@ -352,3 +352,18 @@ def test_bench_measures_convolutions_beside_dense_ones(net):
     broken.module.forward = lambda x: broken.module.to_conv()(x) * 1.01
     with pytest.raises(SparsifyError, match=r"blocks.1.0 at .* differs from its dense equivalent"):
         measure_group(broken, Net(), [100], 1, lambda: None, limits)
+
+
+def test_adapters_are_refused(net):
+    peft = pytest.importorskip("peft")
+    from sparsify.errors import ConfigError
+    from sparsify.training.lora import adaptable, register
+
+    register()
+    sparsify.prune(net, block=BLOCK, sparsity=0.5)
+    before = repr(net)
+    with pytest.raises(ConfigError, match=r"LoRA is not available for BlockSparseConv2d \(blocks.0.0\)"):
+        peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["blocks.0.0"]))
+    with pytest.raises(ConfigError, match="no block-sparse linear layer"):
+        adaptable(net, None)
+    assert repr(net) == before
