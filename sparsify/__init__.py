@@ -62,6 +62,7 @@ _EXPORTS = {
     "fuse": "sparsify.layers.fusion",
     "load": "sparsify.api",
     "masks_of": "sparsify.layers.swap",
+    "parallelize": "sparsify.parallel.model",
     "permute": "sparsify.permutation",
     "prune": "sparsify.api",
     "run": "sparsify.api",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from sparsify.layers.linear import BlockSparseLinear
     from sparsify.layers.recurrent import BlockSparseGRU, BlockSparseLSTM
     from sparsify.layers.swap import masks_of
+    from sparsify.parallel.model import parallelize
     from sparsify.permutation import permute
     from sparsify.pruner import Pruner
     from sparsify.recipe import Recipe

@@ -72,6 +72,7 @@ class BlockSparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._packed_keys: list[str] = []
         self._dtypes: dict[str, torch.dtype] = {}
+        self.plan: dict[str, str] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses to sparsify on load.
@@ -88,7 +89,7 @@ class BlockSparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from sparsify.checkpoint import dtypes
+        from sparsify.checkpoint import dtypes, parallel_loading
         from sparsify.checkpoint.check import check_files
         from sparsify.checkpoint.skeleton import swap_in
         from sparsify.layers.swap import sparse_modules
@@ -96,6 +97,7 @@ class BlockSparseQuantizer(HfQuantizer):
         swap_in(model, self.quantization_config.layers)
         self._packed_keys = _packed_keys(sparse_modules(model))
         self._dtypes = dtypes.wanted(model)
+        self.plan = parallel_loading.take_over(model)
         if checkpoint_files is not None:
             check_files(model, self, checkpoint_files)
 
@@ -106,7 +108,7 @@ class BlockSparseQuantizer(HfQuantizer):
         return split(weight_conversions, self._packed_keys)[0]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from sparsify.checkpoint import dtypes
+        from sparsify.checkpoint import dtypes, parallel_loading
         from sparsify.checkpoint.check import check_loaded
         from sparsify.layers.fusion import fuse
         from sparsify.layers.swap import sparse_modules
@@ -117,24 +119,35 @@ class BlockSparseQuantizer(HfQuantizer):
         for name, module in modules.items():
             module.refresh(name)
         fuse(model)
+        parallel_loading.divide(model, self.plan)
         # The weights are ordinary floating point: `.half()`, `.float()`, torch.compile and training all work, which
         # transformers forbids to what calls itself quantized.
         model.is_quantized = False  # pyright: ignore[reportArgumentType]
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
-        """Called by `save_pretrained` before it writes anything: makes config and conversions fit the model."""
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
+        """Called by `save_pretrained` before it writes anything: makes config and conversions fit the model.
+
+        Of a model that is divided among ranks, all of which must call it, it gives the whole state.
+        """
+        from sparsify.parallel.model import parallelism_of, whole_state
+
         self.synchronise(model)
-        return None, {}
+        return (None if parallelism_of(model) is None else whole_state(model)), {}
 
     def synchronise(self, model: PreTrainedModel) -> None:
         """Brings the config's layer entries and the model's weight conversions up to date with its modules."""
         from sparsify.checkpoint.conversions import for_saving
         from sparsify.layers.kinds import entry
         from sparsify.layers.swap import sparse_modules
+        from sparsify.parallel.model import parallelism_of
 
-        modules = sparse_modules(model)
-        self.quantization_config.layers = {name: entry(module) for name, module in modules.items()}
+        modules, divided = sparse_modules(model), parallelism_of(model)
+        self.quantization_config.layers = (
+            {name: entry(module) for name, module in modules.items()} if divided is None else divided.entries
+        )
         self._packed_keys = _packed_keys(modules)
         model._weight_conversions = for_saving(model, self._packed_keys)  # pyright: ignore[reportArgumentType]
 

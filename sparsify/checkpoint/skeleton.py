@@ -31,6 +31,7 @@ def build(config: PreTrainedConfig, model_class: Any = None) -> PreTrainedModel:
     """
     import transformers
 
+    from sparsify.checkpoint import parallel_loading
     from sparsify.checkpoint.quantizer import BlockSparseConfig, BlockSparseQuantizer
 
     quantization = getattr(config, "quantization_config", None)
@@ -50,6 +51,7 @@ def build(config: PreTrainedConfig, model_class: Any = None) -> PreTrainedModel:
     with torch.device("meta"):
         model = model_class._from_config(config)
         quantizer.preprocess_model(model)
+        parallel_loading.divide(model, quantizer.plan)  # of which nothing was asked: gives its plan back
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     return model
