@@ -40,6 +40,7 @@ CASES = {
     "encoder_classification": Case(checkpoints.bert_classifier, checkpoints.labelled, checkpoints.labelled),
     "seq2seq_translation": Case(checkpoints.t5, checkpoints.targets, checkpoints.targets, "16x16"),
     "vit_classification": Case(checkpoints.vit, checkpoints.pictures, checkpoints.pictures, "16x16"),
+    "speech_classification": Case(checkpoints.ast, checkpoints.sounds, checkpoints.sounds, "16x16"),
     "group_lasso_from_scratch": Case(),
     "small_world_from_scratch": Case(),
 }

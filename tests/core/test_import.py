@@ -34,7 +34,7 @@ OUTSIDE = {"__init__", "__main__", "_autoload"}
 PRUNER_MAY_IMPORT = {"pruner", "patterns", "blocks", "errors"}
 SCRIPT_MAY_IMPORT = {
     "bench", "data", "front", "masking", "measure", "patterns", "plots", "plots_speed", "pruner", "quality", "recipe",
-    "sensitivity", "blocks", "errors", "kernels",
+    "recipes", "sensitivity", "blocks", "errors", "kernels",
 }  # fmt: skip
 
 
