@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from sparsify.kernels import reference, tuning
+from sparsify.kernels import grouped_reference, reference, tuning
+from sparsify.kernels.grouped_reference import Groups
 from sparsify.kernels.tuning_files import Candidate
 
 log = logging.getLogger("sparsify.kernels")
@@ -194,6 +195,46 @@ def choose(op: str, operand: Tensor, other: Tensor, block: tuple[int, int], widt
         candidate = _decide(product)
         _chosen[product] = None if candidate is None else load(candidate, op)
     return _chosen[product]
+
+
+# Slots of an expert from which copying them into its order, for the copy engine's sake, pays.
+MANY_SLOTS = 512
+
+
+def choose_grouped(
+    op: str, operand: Tensor, values: Tensor | None, bias: Tensor | None, groups: Groups, width: int
+) -> Callable[..., Any]:
+    """The function that runs one product with the matrices of all experts.
+
+    Args:
+        op: `grouped`, `grouped_dx` or `grouped_dw`.
+        operand: `x` or `dy`.
+        values: `(Z, bi, bo)`; `None` for `grouped_dw`.
+        bias: Of `grouped`, if it has one.
+        groups: Slots by expert.
+        width: Columns of the result; anything for `grouped_dw`.
+    """
+    if not operand.is_cuda or operand.dtype == torch.float64:
+        return getattr(grouped_reference, op)
+    name = "triton_grouped"
+    if values is not None and bias is None and _fast_grouped(operand, values, groups, width):
+        name = "hopper_grouped"
+    return getattr(import_module(f"sparsify.kernels.{name}"), op)
+
+
+def _fast_grouped(operand: Tensor, values: Tensor, groups: Groups, width: int) -> bool:
+    """Whether the copy engine and the tensor cores of a Hopper GPU take the operands, and there are slots enough."""
+    blocks, block_in, block_out = values.shape
+    slots, features = groups.order.numel(), operand.shape[1]
+    if operand.dtype not in (torch.float16, torch.bfloat16) or blocks == 0 or block_in % 64 or block_out % 64:
+        return False
+    # Tiles are numbered in 15 bits, the row pairs of all experts in 16.
+    few = (
+        groups.count * (width // 128 + 1 + max(block_in, block_out) // 64) < 1 << 16
+        and slots <= MOST_TOKENS // 2
+    )
+    even = features % 8 == 0 and width % 8 == 0 and values.data_ptr() % 16 == 0
+    return slots >= MANY_SLOTS * groups.count and few and even and _hopper(operand.get_device())
 
 
 def load(candidate: Candidate, op: str) -> Callable[..., Any]:

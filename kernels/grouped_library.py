@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import grouped_reference
+from sparsify.kernels.dispatch import choose_grouped
 from sparsify.kernels.grouped_reference import Groups, experts_of
 from sparsify.kernels.library import cast, plain
 from sparsify.kernels.reference import activate_
@@ -55,11 +56,6 @@ class Grouped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         dx, dvalues, dbias, topo, groups, _ = _backward_grouped(ctx, grads[0])
         return dx, dvalues, dbias, None, *topo, *groups
-
-
-def _kernels(operand: Tensor) -> Any:
-    portable = operand.is_cuda and operand.dtype != torch.float64
-    return import_module("sparsify.kernels.triton_grouped") if portable else grouped_reference
 
 
 def _check(
@@ -136,8 +132,9 @@ def activated(
     topo, slots = Topology(*topology), Groups(*groups)
     _, block_in, block_out = values.shape
     _check(x, values, topo, slots, block_in, False, False)
-    run = _kernels(x).grouped
-    if not gated or out_features % (2 * block_out) == 0 or run is grouped_reference.grouped:
+    run = choose_grouped("grouped", x, values, bias, slots, out_features)
+    # Only the portable kernel cares where the second half begins.
+    if not gated or out_features % (2 * block_out) == 0 or not run.__module__.endswith("triton_grouped"):
         return run(x, values, bias, topo, slots, out_features, activation, scale, gated)
     both, half = run(x, values, bias, topo, slots, out_features), out_features // 2
     y = activate_(both[:, :half].contiguous(), activation).mul_(both[:, half:])
@@ -149,7 +146,8 @@ def _grouped_dx(
 ) -> Tensor:
     topo, slots = Topology(*topology), Groups(*groups)
     _check(dy, values, topo, slots, values.shape[2], True, True)
-    return _kernels(dy).grouped_dx(dy, values, topo, slots, in_features)
+    run = choose_grouped("grouped_dx", dy, values, None, slots, in_features)
+    return run(dy, values, topo, slots, in_features)
 
 
 def _grouped_dw(
@@ -163,7 +161,8 @@ def _grouped_dw(
     topo, slots = Topology(*topology), Groups(*groups)
     _check(dy, x, topo, slots, block_out, True, True)
     _check(x, dy, topo, slots, block_in, False, False)
-    return _kernels(x).grouped_dw(dy, x, topo, slots, block_in, block_out)
+    run = choose_grouped("grouped_dw", x, None, None, slots, 0)
+    return run(dy, x, topo, slots, block_in, block_out)
 
 
 def _fake_group(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:

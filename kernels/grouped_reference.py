@@ -72,20 +72,25 @@ def slots_per_token(slots: int, tokens: int) -> int:
     return slots // tokens if tokens else 1
 
 
+def matrices(topo: Topology, count: int) -> Iterator[tuple[slice, Topology]]:
+    """Which blocks are those of each of `count` matrices, and its own indices."""
+    rows, lists = (topo.crow.numel() - 1) // count, topo.t_crow.numel() // count
+    starts = topo.crow[::rows].tolist()
+    for expert in range(count):
+        own = slice(starts[expert], starts[expert + 1])
+        crow = topo.crow[expert * rows : (expert + 1) * rows + 1] - own.start
+        t_crow = topo.t_crow[expert * lists : (expert + 1) * lists]
+        indices = topo.col[own], topo.row[own], t_crow, topo.t_row[own], topo.t_block[own]
+        yield own, Topology(crow, *indices)
+
+
 def _each(topo: Topology, groups: Groups) -> Iterator[tuple[int, Tensor, slice, Topology]]:
     """Expert, its slots, its blocks and the indices of its matrix, for each expert that has slots."""
-    count = groups.count
-    rows, lists = (topo.crow.numel() - 1) // count, topo.t_crow.numel() // count
-    bounds, starts = groups.offsets.tolist(), topo.crow[::rows].tolist()
-    order = groups.order.long()
-    for expert in range(count):
+    bounds, order = groups.offsets.tolist(), groups.order.long()
+    for expert, (own, matrix) in enumerate(matrices(topo, groups.count)):
         slots = order[bounds[expert] : bounds[expert + 1]]
         if len(slots):
-            own = slice(starts[expert], starts[expert + 1])
-            crow = topo.crow[expert * rows : (expert + 1) * rows + 1] - own.start
-            t_crow = topo.t_crow[expert * lists : (expert + 1) * lists]
-            indices = topo.col[own], topo.row[own], t_crow, topo.t_row[own], topo.t_block[own]
-            yield expert, slots, own, Topology(crow, *indices)
+            yield expert, slots, own, matrix
 
 
 def grouped(

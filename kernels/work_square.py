@@ -59,10 +59,11 @@ def _sub_blocks(
 
 def steps(topo: Topology, block: tuple[int, int], transposed: bool) -> Steps:
     """Work of `x W^T`, or of `dy W` if `transposed`; sides of `block` are multiples of 64."""
-    return cached(topo, ("steps", block, transposed), lambda: _steps(topo, block, transposed))
+    return cached(topo, ("steps", block, transposed), lambda: steps_of(topo, block, transposed))
 
 
-def _steps(topo: Topology, block: tuple[int, int], transposed: bool) -> Steps:
+def steps_of(topo: Topology, block: tuple[int, int], transposed: bool) -> Steps:
+    """See `steps`; made anew."""
     row, column, number = _sub_blocks(topo, block, transposed)
     grid = (topo.crow.numel() - 1) * (block[0] // SUB), (topo.t_crow.numel() - 1) * (block[1] // SUB)
     rows, columns = grid[::-1] if transposed else grid

@@ -26,6 +26,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ LAYERS = {
 # Tiles that `search` tries.
 PREFILL = [
     {"tile": tile, "step": step, "warps": warps, "stages": stages}
-    for tile, step, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (3, 4, 5, 6))
-]
+    for tile, step, warps, stages in itertools.product((64, 128, 256), (64, 128), (4, 8), (4, 5, 6))
+] + [{"kernel": "hopper_grouped", "tile": tile} for tile in (128, 256)]
 DECODE = [
     {"tile": tile, "part": part, "step": step, "stages": stages}
     for tile, part, step, stages in itertools.product((1, 16), (16, 32, 64), (64, 128, 256, 512), (3, 5))
@@ -261,23 +262,27 @@ def choice_time(product: Callable[..., Tensor], chosen: dict[str, Any], device: 
 
 def search(layer: Layer, sparse: BlockSparseExperts, block: str, tokens: int, options: Any) -> list[dict]:
     """Times of both products with other tiles, the fastest five."""
-    from sparsify.kernels.triton_grouped import group, grouped
+    from sparsify.kernels.grouped_ops import group_by_expert
 
     device = torch.device(options.device)
     hidden, index, weights = routing(
         layer, tokens, {"device": device, "dtype": getattr(torch, options.dtype)}
     )
-    groups, scale = group(index.flatten(), layer.experts), weights.flatten()
+    groups, scale = group_by_expert(index.flatten(), layer.experts), weights.flatten()
     first, second = (sparse.get_parameter(name).detach() for name in ("gate_up_proj", "down_proj"))
     first_topo, second_topo = (sparse.stacked_topology(name) for name in ("gate_up_proj", "down_proj"))
 
-    def up(**chosen: Any) -> Tensor:
-        return grouped(hidden, first, None, first_topo, groups, 2 * layer.inner, "silu", None, True, **chosen)
+    def up(kernel: str = "triton_grouped", **chosen: Any) -> Tensor:
+        return import_module(f"sparsify.kernels.{kernel}").grouped(
+            hidden, first, None, first_topo, groups, 2 * layer.inner, "silu", None, True, **chosen
+        )
 
     inner = up()
 
-    def down(**chosen: Any) -> Tensor:
-        return grouped(inner, second, None, second_topo, groups, layer.hidden, "", scale, **chosen)
+    def down(kernel: str = "triton_grouped", **chosen: Any) -> Tensor:
+        return import_module(f"sparsify.kernels.{kernel}").grouped(
+            inner, second, None, second_topo, groups, layer.hidden, "", scale, **chosen
+        )
 
     found = []
     for name, product in (("up", up), ("down", down)):
@@ -342,7 +347,7 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     place: dict[str, Any] = {"device": torch.device(options.device), "dtype": getattr(torch, options.dtype)}
     limits = machine_limits(place["device"], place["dtype"])
-    decode, prefill = ([int(n) for n in text.split(",")] for text in (options.decode, options.prefill))
+    decode, prefill = ([int(n) for n in text.split(",") if n] for text in (options.decode, options.prefill))
     counts = {"decode": decode, "prefill": prefill, "training": prefill, "search": [*decode, *prefill]}
     sparsities = [float(share) for share in options.sparsities.split(",")]
     rows: list[Row] = []

@@ -1,6 +1,7 @@
 """The compiled grouped products on a GPU, at the sizes of the CPU tests and at real ones, and experts as a whole."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -50,6 +51,44 @@ def test_what_follows_the_product(case, dtype):
     from sparsify.kernels.triton_grouped import grouped
 
     check_activated(case, dtype, grouped, "silu", F.silu, "cuda")
+
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+HOPPER = [
+    Case(512, 8, 128, 384, 512, (64, 64), 0.25, bias=False),
+    Case(1000, 2, 8, 1000, 904, (64, 64), 0.5, routing="none", bias=False),  # padded on both sides
+    Case(300, 2, 8, 512, 640, (128, 128), 0.3, routing="few", bias=False),
+    Case(400, 1, 4, 640, 512, (256, 64), 0.4, routing="one", bias=False),
+    Case(333, 2, 5, 320, 512, (64, 128), 0.2, bias=False),  # an odd number of block rows
+    Case(2000, 2, 8, 1024, 2048, (64, 64), 0.25, bias=False),
+    Case(3, 2, 4, 256, 256, (64, 64), 0.5, bias=False),
+]
+
+
+@needs_hopper
+@pytest.mark.parametrize("tile", [128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", HOPPER, ids=str)
+def test_hopper_kernel(case, dtype, tile):
+    from sparsify.kernels import hopper_grouped, triton_grouped
+
+    grouped, grouped_dx = (
+        partial(product, tile=tile) for product in (hopper_grouped.grouped, hopper_grouped.grouped_dx)
+    )
+    check_products(case, dtype, grouped, grouped_dx, triton_grouped.grouped_dw, "cuda")
+    check_activated(case, dtype, grouped, "silu", F.silu, "cuda")
+
+
+@needs_hopper
+def test_many_slots_take_the_hopper_kernel():
+    from sparsify.kernels.dispatch import choose_grouped
+
+    o = make(Case(2048, 2, 8, 256, 256, (64, 64), bias=False), torch.bfloat16, "cuda")
+    for op, operand in (("grouped", o.x), ("grouped_dx", o.dy)):
+        chosen = choose_grouped(op, operand, o.values, None, o.groups, 256)
+        assert chosen.__module__.endswith("hopper_grouped")
 
 
 @pytest.mark.parametrize("slots", [1, 7, 128, 1000, 40_000])
@@ -103,7 +142,7 @@ def _inputs(sparse, top, tokens, dtype):
     return torch.randn(tokens, 512, device="cuda").to(dtype), index, weights
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 700])
+@pytest.mark.parametrize("tokens", [1, 16, 700, 5000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
 def test_experts_equal_dense_ones(kind, dtype, tokens):
@@ -134,7 +173,7 @@ def test_experts_train_as_dense_ones(kind):
         torch.testing.assert_close(gradient.dense_parameter(name) * kept, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 700])
+@pytest.mark.parametrize("tokens", [1, 16, 700, 5000])
 def test_replays_with_another_routing_as_a_cuda_graph(tokens):
     _, sparse, top = _experts("qwen3", torch.bfloat16)
     inputs = _inputs(sparse, top, tokens, torch.bfloat16)
@@ -149,9 +188,10 @@ def test_replays_with_another_routing_as_a_cuda_graph(tokens):
         assert torch.equal(y, sparse(*inputs))
 
 
-def test_nothing_waits_for_the_gpu():
+@pytest.mark.parametrize("tokens", [600, 3000])
+def test_nothing_waits_for_the_gpu(tokens):
     _, sparse, top = _experts("mixtral", torch.bfloat16)
-    inputs = _inputs(sparse, top, 600, torch.bfloat16)
+    inputs = _inputs(sparse, top, tokens, torch.bfloat16)
     sparse(*inputs).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:

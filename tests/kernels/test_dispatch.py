@@ -11,6 +11,7 @@ import torch
 
 from sparsify.kernels import dispatch, reference, tuning
 from sparsify.kernels.dispatch import candidates, choose
+from sparsify.kernels.grouped_reference import Groups
 from sparsify.kernels.tuning_files import Candidate, Entry
 
 BF16 = torch.bfloat16
@@ -191,3 +192,37 @@ def test_a_decision_is_made_once_and_then_costs_little(monkeypatch):
     arguments = forward(300)
     assert min(timeit(lambda: choose(*arguments), number=1000) for _ in range(5)) / 1000 < 10e-6
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("slots", "change", "kernel"),
+    [
+        pytest.param(4096, {}, "hopper_grouped", id="many"),
+        pytest.param(4000, {}, "triton_grouped", id="few"),
+        pytest.param(4096, {"bias": True}, "triton_grouped", id="bias"),
+        pytest.param(4096, {"block": (32, 64)}, "triton_grouped", id="narrow"),
+        pytest.param(4096, {"blocks": 0}, "triton_grouped", id="empty"),
+        pytest.param(4096, {"features": 1001}, "triton_grouped", id="odd"),
+        pytest.param(4096, {"dtype": torch.float32}, "triton_grouped", id="float32"),
+        pytest.param(4096, {"dtype": torch.float64}, "grouped_reference", id="float64"),
+        pytest.param(1 << 22, {}, "triton_grouped", id="too_many"),
+    ],
+)
+def test_grouped_products_take_the_hopper_kernel_where_there_are_many_slots(
+    monkeypatch, slots, change, kernel
+):
+    monkeypatch.setattr(dispatch, "_hopper", lambda device: True)
+    groups = Groups(torch.empty(slots, device="meta"), torch.empty(9, device="meta"))
+    dtype = change.get("dtype", BF16)
+    x = OnGPU(slots // 2, change.get("features", 1024), dtype=dtype)
+    values = OnGPU(change.get("blocks", 100), *change.get("block", (64, 64)), dtype=dtype)
+    bias = x if change.get("bias") else None
+    run = dispatch.choose_grouped("grouped", x, values, bias, groups, 2048)
+    assert run.__module__.rpartition(".")[2] == kernel
+
+
+def test_weights_gradients_of_grouped_products_are_portable(monkeypatch):
+    monkeypatch.setattr(dispatch, "_hopper", lambda device: True)
+    groups = Groups(torch.empty(9999, device="meta"), torch.empty(2, device="meta"))
+    run = dispatch.choose_grouped("grouped_dw", OnGPU(9999, 64), None, None, groups, 0)
+    assert run.__module__.endswith("triton_grouped")
