@@ -304,9 +304,24 @@ def test_bench_rows_are_kept_and_become_a_page(
         )
         assert row["costs"]["sparse"]["bytes"] < row["costs"]["dense"]["bytes"]
     again = run_bench(monkeypatch, tmp_path, *data, "--only", r"anomaly 16x16 0.75|anomaly 64x64 0.5 0")
-    assert again["rows"][:4] == report["rows"] and len(again["rows"]) == 5
+    assert [row for row in again["rows"] if row["block"] == "16x16"] == report["rows"] and len(
+        again["rows"]
+    ) == 5
     page = (tmp_path / "domains.md").read_text()
     assert page.count("| 16x16 | 75% |") == 2 and "| 64x64 | 50% |" in page and "KWT-1" not in page
+
+
+def test_bench_times_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_domains, "ENCODERS", {"cpu": (64, 1, 2)})
+    rows = run_bench(
+        monkeypatch, tmp_path, "--only", "whisper-encoder 64x64 0.75", "--repeats", "1", "--busy"
+    )["rows"]
+    assert len(rows) == 1 and not rows[0]["quality"]
+    dense, sparse = rows[0]["costs"]["dense"], rows[0]["costs"]["sparse"]
+    # Four projections of attention, and two layers of the MLP, of 64 x 64 blocks: a quarter of 12 is left.
+    assert dense["parameters"] - sparse["parameters"] == 9 * 64 * 64
+    page = (tmp_path / "domains.md").read_text()
+    assert "| 64x64 | 75% |" in page and "times are rough" in page
 
 
 @pytest.mark.slow
