@@ -9,6 +9,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Set once, when the kernels are first imported: the interpreter runs them on CPU tensors.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -39,6 +40,11 @@ def next_power_of_2(count: int) -> int:
 def token_tile(tokens: int) -> int:
     """Tokens per program: 16 for decoding, up to 128 for prefill and training."""
     return min(128, max(16, next_power_of_2(tokens)))
+
+
+def unit_columns(matrix: Tensor) -> Tensor:
+    """The matrix with each row's elements next to each other, for kernels that count on it."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 @triton.jit

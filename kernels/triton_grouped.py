@@ -26,7 +26,15 @@ from sparsify.kernels import grouped_reference
 from sparsify.kernels.grouped_reference import Groups, slots_per_token
 from sparsify.kernels.launch import launch
 from sparsify.kernels.storage import Topology
-from sparsify.kernels.triton_common import activate, cdiv, dot, dot_options, next_power_of_2, token_tile
+from sparsify.kernels.triton_common import (
+    activate,
+    cdiv,
+    dot,
+    dot_options,
+    next_power_of_2,
+    token_tile,
+    unit_columns,
+)
 
 # Slots that one kernel sorts, by comparing all with all; a radix sort takes more.
 FEW_SLOTS = 1024
@@ -280,10 +288,6 @@ def _stages(dtype: torch.dtype, elements: int) -> int:
     return 2 if dtype == torch.float32 else 5 if elements < 128 * 128 else 4
 
 
-def _unit_columns(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def grouped(
     x: Tensor,
     values: Tensor,
@@ -312,7 +316,7 @@ def grouped(
     y = x.new_empty(slots, out_features // 2 if gated else out_features)
     if slots == 0:
         return y
-    count, x = groups.count, _unit_columns(x)
+    count, x = groups.count, unit_columns(x)
     rows, tile = (topo.crow.numel() - 1) // count, tile or _tile(slots, count)
     tiles, programs = _most_tiles(slots, count, tile), rows // 2 if gated else rows
     few = tile <= 16
@@ -365,7 +369,7 @@ def grouped_dx(
     dx = dy.new_empty(slots, in_features)
     if slots == 0:
         return dx
-    count, dy = groups.count, _unit_columns(dy)
+    count, dy = groups.count, unit_columns(dy)
     rows, cols = (topo.crow.numel() - 1) // count, topo.t_crow.numel() // count - 1
     tile = tile or token_tile(cdiv(slots, count))
     tiles = _most_tiles(slots, count, tile)
@@ -410,7 +414,7 @@ def grouped_dw(
     blocks, slots = topo.col.numel(), order.numel()
     if blocks == 0 or slots == 0:
         return x.new_zeros(blocks, block_in, block_out)
-    count, dy, x = groups.count, _unit_columns(dy), _unit_columns(x)
+    count, dy, x = groups.count, unit_columns(dy), unit_columns(x)
     tile_in, tile_out = min(block_in, tile or TILE), min(block_out, tile or TILE)
     dw = x.new_empty(blocks, block_in, block_out)
     launch(

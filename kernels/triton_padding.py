@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsify.kernels.grouped_reference import Groups
 from sparsify.kernels.launch import launch
-from sparsify.kernels.triton_common import activate, cdiv, next_power_of_2
+from sparsify.kernels.triton_common import activate, cdiv, next_power_of_2, unit_columns
 
 # Tiles of slots that are worked on together: their activations stay in the L2 cache.
 BAND = 8
@@ -134,6 +134,7 @@ def pad(groups: Groups, tile: int, pairs: int, programs: int) -> Padding:
 
 def gather(x: Tensor, padding: Padding) -> Tensor:
     """`(rows, K)`: the activations `(T, K)` of each slot in its row; the other rows are left as they are."""
+    x = unit_columns(x)
     slots, (tokens, features) = padding.place.numel(), x.shape
     padded, width = x.new_empty(padding.rows, features), min(WIDEST, next_power_of_2(features))
     launch(

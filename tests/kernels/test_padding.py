@@ -75,6 +75,14 @@ def test_products_by_these_lists(case, transposed, programs):
         torch.testing.assert_close(scatter(y, padding, *options), expected)
 
 
+def test_strided_activations_are_gathered():
+    from sparsify.kernels.triton_padding import gather, pad
+
+    o = make(CASES[0], torch.float32)
+    padding, x = pad(o.groups, 16, 2, 4), torch.randn(60, 384)[:, ::2]
+    assert torch.equal(gather(x, padding)[padding.place.long()], x.repeat_interleave(2, 0))
+
+
 @pytest.mark.parametrize("tile", [16, 128])
 @pytest.mark.parametrize("routing", ["uniform", "one", "few", "none"])
 def test_rows_of_slots(routing, tile):
