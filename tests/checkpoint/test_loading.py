@@ -15,6 +15,7 @@ from sparsify.checkpoint import reader, writer
 from sparsify.checkpoint.quantizer import BlockSparseConfig
 from sparsify.checkpoint.skeleton import build
 from sparsify.errors import CheckpointError, ConfigError
+from sparsify.layers.fusion import FusedMlp
 from sparsify.layers.swap import convert, masks_of, sparse_modules
 from tests.architectures.zoo import BY_NAME, prune
 
@@ -87,6 +88,24 @@ def test_offloaded_to_disk(tmp_path: Path) -> None:
     )
     assert loaded.model.layers[1].mlp.up_proj.weight.device.type == "meta"
     torch.testing.assert_close(logits(loaded), logits(dense))
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+def test_layers_of_one_mlp_lie_apart(tmp_path: Path) -> None:
+    """accelerate brings each layer's weights and inputs together, so the MLP must call the layers one by one."""
+    dense = save_sparse("llama", tmp_path / "sparse")
+    names = [name for name, module in dense.named_modules() if name and not list(module.children())]
+    device_map = {name: "disk" if "up_proj" in name or "k_proj" in name else "cpu" for name in names}
+    loaded: Any = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "sparse", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    mlp: Any = loaded.model.layers[0].mlp
+    assert issubclass(type(mlp), FusedMlp) and hasattr(mlp.up_proj, "_hf_hook")
+    assert mlp.up_proj.weight.device.type == "meta" and mlp.gate_proj.weight.device.type == "cpu"
+    torch.testing.assert_close(logits(loaded), logits(dense))
+    loaded.save_pretrained(tmp_path / "again")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(again), logits(dense))
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
