@@ -180,7 +180,7 @@ def _divide_group(model: nn.Module, group: Group, state: Parallelism) -> None:
     def enter(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if inputs:
             return (collectives.replicated(inputs[0], processes), *inputs[1:]), named
-        first = next(iter(named))
+        first = "hidden_states" if "hidden_states" in named else next(iter(named))
         return inputs, {**named, first: collectives.replicated(named[first], processes)}
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
