@@ -1,7 +1,7 @@
 """`from_pretrained(..., tp_plan="auto")` for block-sparse checkpoints.
 
 transformers shards a weight while it loads it: as a `DTensor` whose rows or columns are cut evenly, which neither
-packed blocks nor a division by what is stored can be (decision 0012). So its plan is made to say that all of these
+packed blocks nor a division by what is stored can be (decision 0014). So its plan is made to say that all of these
 layers are ours, under a style that does nothing; they are loaded whole, and `sparsify.parallelize` divides them by the
 plan that was there before.
 """
