@@ -16,6 +16,8 @@ KNOWN = {
     "phi3": set(), "gpt2": {HIDDEN}, "gpt-neox": {HIDDEN}, "opt": {HEADS}, "bert": {HEADS, HIDDEN},
     "roberta": {HEADS, HIDDEN}, "distilbert": {HEADS, HIDDEN}, "t5": {HEADS, HIDDEN}, "vit": {HEADS, HIDDEN},
     "whisper": {HEADS}, "clip": {HEADS, HIDDEN}, "mixtral": {HEADS, EXPERT}, "qwen3-moe": {HEADS, HIDDEN, EXPERT},
+    # No symmetry of convolutions is known.
+    "resnet": set(), "resnet-bottleneck": set(), "convnext": set(), "mobilenet-v2": set(), "regnet": set(),
 }  # fmt: skip
 
 
