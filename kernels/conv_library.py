@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsify.kernels import conv_reference
 from sparsify.kernels.conv_geometry import Geometry
-from sparsify.kernels.library import cast, plain
+from sparsify.kernels.library import autocasting, plain
 from sparsify.kernels.storage import Topology
 
 _lib = torch.library.Library("sparsify", "FRAGMENT")
@@ -162,18 +162,6 @@ def _backward_dw(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return ddy, dx, [None] * len(topology), None, None, None
 
 
-def _autocast(name: str, device_type: str) -> Any:
-    """Casts the floating operands to autocast's dtype, as `F.conv2d` does."""
-
-    def run(*args: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast_args = [cast(a, dtype) if isinstance(a, Tensor) else a for a in args]
-        with torch.autocast(device_type, enabled=False):
-            return getattr(torch.ops.sparsify, name)(*cast_args)
-
-    return run
-
-
 for _name, _forward, _fake, _save, _backward in (
     ("conv", conv, _fake_conv, _save_for_conv, _backward_conv),
     ("conv_dx", _conv_dx, _fake_conv_dx, _save_for_dx, _backward_dx),
@@ -183,4 +171,4 @@ for _name, _forward, _fake, _save, _backward in (
     torch.library.register_fake(f"sparsify::{_name}", _fake, lib=_lib)
     torch.library.register_autograd(f"sparsify::{_name}", _backward, setup_context=_save, lib=_lib)
     for _key, _device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        _lib.impl(_name, _autocast(_name, _device), _key)
+        _lib.impl(_name, autocasting(_name, _device), _key)
