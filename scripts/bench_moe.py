@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench_conv import choice_time
 from sparsify import BlockMask, BlockShape, BlockSparseExperts, measure
 from sparsify.bench.limits import Limits, machine_limits
 from sparsify.bench.timing import race
@@ -237,27 +237,6 @@ def measured(
     best = min(names, key=lambda name: times[name])
     hit = int(inputs[1].unique().numel())
     return best, times[best], times["sparse"], limit(sparse, inputs, limits, training), hit
-
-
-def choice_time(product: Callable[..., Tensor], chosen: dict[str, Any], device: torch.device) -> float:
-    """Microseconds of a kernel with chosen tiles; infinite where it cannot be compiled or launched.
-
-    Raises:
-        ValueError: If its result is not that of the default tiles.
-    """
-    wanted = product().float()
-    try:
-        actual = product(**chosen).float()
-        seconds = race({"": lambda: product(**chosen)}, device, 5).seconds[""]
-    except (RuntimeError, ValueError, AssertionError, LookupError, TypeError):
-        return math.inf
-    except Exception as error:  # Triton's own, such as too much shared memory
-        if not type(error).__module__.startswith("triton"):
-            raise
-        return math.inf
-    if not (actual - wanted).norm() <= 1e-2 * wanted.norm():
-        raise ValueError(f"wrong with {chosen}")
-    return seconds * 1e6
 
 
 def search(layer: Layer, sparse: BlockSparseExperts, block: str, tokens: int, options: Any) -> list[dict]:
