@@ -20,8 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsify
-from sparsify import BlockMask, BlockShape, Pruner, data, plots, quality
+from sparsify import BlockMask, BlockShape, Pruner, plots, quality
 from sparsify.blocks import to_blocks
+from sparsify.data import spec as data
 
 ROOT = Path(__file__).resolve().parents[1]
 parser = argparse.ArgumentParser()

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from sparsify.kernels import grouped_reference, reference, tuning
-from sparsify.kernels.grouped_reference import Groups
+from sparsify.kernels import tuning
+from sparsify.kernels.grouped import reference as grouped_reference
+from sparsify.kernels.grouped.reference import Groups
+from sparsify.kernels.linear import reference
 from sparsify.kernels.tuning_files import Candidate
 
 log = logging.getLogger("sparsify.kernels")
@@ -112,7 +114,7 @@ def _hopper(device: int) -> bool:
 
 
 class Kernel(NamedTuple):
-    """A module in this folder that has one function for each of its products.
+    """A module in `linear/` that has one function for each of its products.
 
     Attributes:
         name: The module.
@@ -219,7 +221,7 @@ def choose_grouped(
     name = "triton_grouped"
     if values is not None and bias is None and _fast_grouped(operand, values, groups, width):
         name = "hopper_grouped"
-    return getattr(import_module(f"sparsify.kernels.{name}"), op)
+    return getattr(import_module(f"sparsify.kernels.grouped.{name}"), op)
 
 
 def _fast_grouped(operand: Tensor, values: Tensor, groups: Groups, width: int) -> bool:
@@ -239,7 +241,7 @@ def _fast_grouped(operand: Tensor, values: Tensor, groups: Groups, width: int) -
 
 def load(candidate: Candidate, op: str) -> Callable[..., Any]:
     """The function of a candidate."""
-    function = getattr(import_module(f"sparsify.kernels.{candidate.kernel}"), op)
+    function = getattr(import_module(f"sparsify.kernels.linear.{candidate.kernel}"), op)
     return partial(function, **dict(candidate.options)) if candidate.options else function
 
 

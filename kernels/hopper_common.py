@@ -56,7 +56,7 @@ def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 @gluon.jit
 def activate(x, ACTIVATION: gl.constexpr):
-    """The activation function of an epilogue, in float32; see `reference.ACTIVATIONS`."""
+    """The activation function of an epilogue, in float32; see `linear.reference.ACTIVATIONS`."""
     if ACTIVATION == "relu":
         return gl.maximum(x, 0.0)
     elif ACTIVATION == "gelu":

@@ -58,7 +58,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """One of `reference.ACTIVATIONS` of float32 values; NaN stays NaN.
+    """One of `linear.reference.ACTIVATIONS` of float32 values; NaN stays NaN.
 
     The tanh form of GELU, `x / 2 * (1 + tanh(u))`, is written as `x * sigmoid(2 u)`, which it equals.
     """

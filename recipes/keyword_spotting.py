@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsify.data_media import decode_sound
+from sparsify.data.media import decode_sound
 from sparsify.errors import DataError
 from sparsify.recipes import plain_modules
 from sparsify.recipes.plain_modules import Length, Metrics

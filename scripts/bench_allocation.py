@@ -27,7 +27,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import sparsify
 from bench_quality import encoder, find_encoder
-from sparsify import data, sensitivity
+from sparsify import sensitivity
+from sparsify.data import spec as data
 
 BLOCKS = ("32x32", "64x64")
 PAIRS = 64

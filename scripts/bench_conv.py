@@ -213,7 +213,7 @@ def measured(
 
 def products(sparse: BlockSparseConv2d, x: Tensor) -> dict[str, Callable[..., Tensor]]:
     """The three kernels of a layer on its input, to be called with other tiles."""
-    from sparsify.kernels import triton_conv
+    from sparsify.kernels.convolution import triton_conv
 
     weight, topo, sizes = sparse.weight.detach(), sparse.topology("weight"), sparse.geometry
     dy = torch.randn_like(triton_conv.conv(x, weight, None, topo, sizes))

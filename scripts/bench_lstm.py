@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import measure
 from sparsify.bench.timing import race
-from sparsify.kernels import recurrence
+from sparsify.kernels.recurrent import recurrence
 
 
 def layers(

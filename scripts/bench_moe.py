@@ -241,7 +241,7 @@ def measured(
 
 def search(layer: Layer, sparse: BlockSparseExperts, block: str, tokens: int, options: Any) -> list[dict]:
     """Times of both products with other tiles, the fastest five."""
-    from sparsify.kernels.grouped_ops import group_by_expert
+    from sparsify.kernels.grouped.ops import group_by_expert
 
     device = torch.device(options.device)
     hidden, index, weights = routing(
@@ -252,14 +252,14 @@ def search(layer: Layer, sparse: BlockSparseExperts, block: str, tokens: int, op
     first_topo, second_topo = (sparse.stacked_topology(name) for name in ("gate_up_proj", "down_proj"))
 
     def up(kernel: str = "triton_grouped", **chosen: Any) -> Tensor:
-        return import_module(f"sparsify.kernels.{kernel}").grouped(
+        return import_module(f"sparsify.kernels.grouped.{kernel}").grouped(
             hidden, first, None, first_topo, groups, 2 * layer.inner, "silu", None, True, **chosen
         )
 
     inner = up()
 
     def down(kernel: str = "triton_grouped", **chosen: Any) -> Tensor:
-        return import_module(f"sparsify.kernels.{kernel}").grouped(
+        return import_module(f"sparsify.kernels.grouped.{kernel}").grouped(
             inner, second, None, second_topo, groups, layer.hidden, "", scale, **chosen
         )
 

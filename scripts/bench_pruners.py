@@ -44,8 +44,9 @@ from bench_quality import find_encoder
 from bench_rows import missing, open_report, store
 from pruners_page import as_markdown
 from reference_lm import held_out_blocks, read_books, read_text
-from sparsify import data, quality
+from sparsify import quality
 from sparsify.cli.console import quiet_transformers
+from sparsify.data import spec as data
 
 BLOCKS = ("16x16", "32x32", "64x64", "128x16")
 SPARSITIES = (0.5, 0.75)

@@ -35,8 +35,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import sparsify
 from demo_corpus import collect
-from sparsify import data, measure, plots, quality
+from sparsify import measure, plots, quality
 from sparsify.cli.console import quiet_transformers
+from sparsify.data import spec as data
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = ("1x1", "8x8", "16x16", "32x32", "64x64", "128x16")

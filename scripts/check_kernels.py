@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from sparsify import BlockMask, BlockShape
-from sparsify.kernels import dispatch, reference
+from sparsify.kernels import dispatch
+from sparsify.kernels.linear import reference
 from sparsify.kernels.storage import Topology, pack, topology
 
 PROGRAMS = 2
@@ -83,7 +84,7 @@ def on_cpu(argument: Any) -> Any:
 
 def few_programs(kernel: str) -> None:
     """Makes a persistent kernel's programs so few that each gets several tiles."""
-    module = import_module(f"sparsify.kernels.{kernel}")
+    module = import_module(f"sparsify.kernels.linear.{kernel}")
     if hasattr(module, "multiprocessors"):
         module.multiprocessors = lambda device: PROGRAMS  # pyright: ignore[reportAttributeAccessIssue]
 

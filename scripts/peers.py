@@ -1,8 +1,8 @@
 """What others remove: single weights instead of blocks, as their papers say, for the tables of the pruners.
 
-All of them walk the model as our own pruners do (`sparsify.sequential`), one transformer block at a time, with each
-layer's inputs as the pruned layers before it leave them. A pattern is `unstructured`, or `2:4`: of every four inputs of
-an output, two. None of the results can be stored in blocks, and only `2:4` has a GPU instruction.
+All of them walk the model as our own pruners do (`sparsify.calibration.sequential`), one transformer block at a time,
+with each layer's inputs as the pruned layers before it leave them. A pattern is `unstructured`, or `2:4`: of
+every four inputs of an output, two. None of the results can be stored in blocks, and only `2:4` has a GPU instruction.
 
 - `Magnitude`: the smallest weights of a layer go.
 - `Wanda` (Sun, Liu, Bair, Kolter 2024): of each output, the weights with the smallest `|w| ||x||`.

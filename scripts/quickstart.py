@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsify
 from demo_corpus import collect, write
-from sparsify import data, measure, plots, quality
+from sparsify import measure, plots, quality
 from sparsify.cli.console import RichProgress, print_table, quiet_transformers, size
+from sparsify.data import spec as data
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSE = ROOT / "recipes" / "demo"

@@ -8,8 +8,8 @@ from statistics import mean
 from typing import Any
 
 from bench_rows import page_head
-from sparsify.front import front, trade
 from sparsify.plots_speed import Point, tradeoff
+from sparsify.sweep.front import front, trade
 
 DEFAULT = "default"
 PICTURE = "recovery-{task}.png"

@@ -49,8 +49,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import sparsify
-from sparsify import data, measure, quality
+from sparsify import measure, quality
 from sparsify.cli.console import quiet_transformers
+from sparsify.data import spec as data
 
 VOCABULARY = 16_384
 LENGTH = 512  # tokens a block

@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config
 import sparsify
 from sparsify.cli.console import RichProgress, quiet_transformers
 from sparsify.errors import SparsifyError
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 
 LIMIT = 1_000_000
 VOCABULARY = 256

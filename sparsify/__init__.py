@@ -51,8 +51,9 @@ _EXPORTS = {
     "BlockSparseEmbedding": "sparsify.layers.embedding",
     "BlockSparseLinear": "sparsify.layers.linear",
     "BlockSparseExperts": "sparsify.layers.experts",
+    "DataSpec": "sparsify.data.spec",
     "Pruner": "sparsify.pruner",
-    "Recipe": "sparsify.recipe",
+    "Recipe": "sparsify.recipe.schema",
     "TiedEmbedding": "sparsify.layers.embedding",
     "SparsifyCallback": "sparsify.training.pruning_callback",
     "SparsifyError": "sparsify.errors",
@@ -75,6 +76,7 @@ __all__ = sorted(_EXPORTS)
 if TYPE_CHECKING:
     from sparsify.api import apply, densify, load, prune, run, save, score
     from sparsify.blocks import BlockMask, BlockShape
+    from sparsify.data.spec import DataSpec
     from sparsify.errors import SparsifyError
     from sparsify.layers.convolution import BlockSparseConv1d, BlockSparseConv2d
     from sparsify.layers.embedding import BlockSparseEmbedding, TiedEmbedding
@@ -86,7 +88,7 @@ if TYPE_CHECKING:
     from sparsify.parallel.model import parallelize
     from sparsify.permutation import permute
     from sparsify.pruner import Pruner
-    from sparsify.recipe import Recipe
+    from sparsify.recipe.schema import Recipe
     from sparsify.training.pruning_callback import SparsifyCallback
     from sparsify.training.sparsify_loop import SparsifyLoop
 

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from sparsify.allocation.scopes import Scope
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import ConfigError
-from sparsify.recipe import PruneStage, Recipe
-from sparsify.recipe_faults import describe, from_pydantic
-from sparsify.scopes import Scope
+from sparsify.recipe.faults import describe, from_pydantic
+from sparsify.recipe.schema import PruneStage, Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from sparsify.data import Source
+    from sparsify.data.spec import Source
     from sparsify.permutation import Permuted
     from sparsify.pipeline import RunResult
-    from sparsify.progress import Progress
     from sparsify.pruner import PrunableLayer
+    from sparsify.runtime.progress import Progress
     from sparsify.targets import KeptDense
 
 
@@ -96,7 +96,7 @@ def prune(
         sparsity: Share of the selected weights' elements to remove, at least 0 and below 1; met within one block.
         scope: `global` (one budget), `layer` (each layer the same share), `row` (each block row the same share); or a
             density for each layer by its size (`erdos_renyi`), its outliers (`outlier`, needs `calibration`), what
-            its loss costs (`sensitivity`), or what a function of your own says (see `sparsify.scopes`).
+            its loss costs (`sensitivity`), or what a function of your own says (see `sparsify.allocation.scopes`).
         targets: Layers to prune: exact module names, `re:` patterns or class names. Default: every linear layer,
             Conv1D and fused expert of the model's repeated blocks.
         ignore: Layers to leave dense, named in the same three ways.
@@ -111,8 +111,8 @@ def prune(
             and training should hold them there (`sparsify.masking.mask_model(model, result.masks)`).
         calibration: Batches of the model's keyword arguments, for pruners that ask for statistics of layer inputs.
         reconstruct: Steps in which each transformer block's kept weights are then trained, on `calibration`, to put
-            out what the dense block did (see `sparsify.reconstruction`); a few hundred are enough. Default: 300 if
-            no method is named, else 0.
+            out what the dense block did (see `sparsify.calibration.reconstruction`); a few hundred are enough.
+            Default: 300 if no method is named, else 0.
         cache: Folder for the scores of such pruners: another sparsity, scope or bound with the same model, data and
             options starts from them, and an interrupted call goes on where it stopped.
         device: Where such pruners compute. Give the GPU for a model on the CPU that is larger than it: one
@@ -129,14 +129,14 @@ def prune(
         PrunerError: If the pruner is unknown, or a weight or score is not finite. The model is unchanged then, but
             for the order of units.
     """
-    from sparsify.calibration import needs_calibration
+    from sparsify.calibration.cache import WalkCache
+    from sparsify.calibration.sequential import prune_in_walks
+    from sparsify.calibration.statistics import needs_calibration
     from sparsify.layers import swap
     from sparsify.permutation import permute as reorder
     from sparsify.preparation import budget, prepare
     from sparsify.pruner import create_pruner, default_method
-    from sparsify.sequential import prune_in_walks
     from sparsify.stages.prune import prune_layers
-    from sparsify.walk_cache import WalkCache
 
     shape = BlockShape.parse(block)
     method, reconstruct = default_method(calibration is not None, method, reconstruct)
@@ -246,9 +246,9 @@ def apply(model: nn.Module, masks: Mapping[str, BlockMask], *, convert: bool = T
     """
     import torch
 
+    from sparsify.calibration.sequential import remove_blocks
     from sparsify.layers import swap
     from sparsify.layers.kinds import every_matrix
-    from sparsify.sequential import remove_blocks
 
     if not masks:
         raise ConfigError("there are no masks to apply: give at least one, by its layer's name")
@@ -407,7 +407,7 @@ def evaluate(
 
     Args:
         path: A checkpoint, block-sparse or dense.
-        data: Held-out data, such as `sparsify.data.DataSpec(path="held_out.txt")`; without it quality is left out.
+        data: Held-out data, such as `sparsify.DataSpec(path="held_out.txt")`; without it quality is left out.
         against: A second checkpoint; the latencies of both are measured in turns.
         task: `auto`, or a recipe's task such as `causal-lm`.
         device: `auto` (a GPU if there is one) or any torch device.
@@ -427,12 +427,12 @@ def evaluate(
         DataError: If the data cannot be read.
         ConfigError: If the model is of no task that can be scored, or a number is out of range.
     """
-    from sparsify import data as data_files
     from sparsify.checkpoint import reader
+    from sparsify.data import spec as data_files
     from sparsify.layers.swap import sparse_modules
     from sparsify.measure import environment
     from sparsify.plan import resolve_device, resolve_task
-    from sparsify.progress import Progress
+    from sparsify.runtime.progress import Progress
     from sparsify.stages.evaluate import evaluate_models
 
     progress = progress or Progress()

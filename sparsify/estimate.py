@@ -14,7 +14,7 @@ import torch
 
 from sparsify.layers.kinds import dense_kind
 from sparsify.plan import Plan, resolve_device, skeleton
-from sparsify.recipe import (
+from sparsify.recipe.schema import (
     ENOUGH,
     CalibrateStage,
     ConvertStage,

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import allocate
+from sparsify.allocation.budget import allocate
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import BlockShapeError, PrunerError
 from sparsify.pruner import PrunableLayer, Pruner, create_pruner

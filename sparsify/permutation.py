@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsify.blocks import BlockShape
 from sparsify.errors import ConfigError
 from sparsify.masking import current_masks
-from sparsify.progress import Progress
+from sparsify.runtime.progress import Progress
 from sparsify.symmetries import Axis, Symmetry, symmetries
 
 # Rounds at the most; the first ones gain nearly everything.

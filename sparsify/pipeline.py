@@ -1,6 +1,6 @@
 """Running a recipe: checks first, then the stages in order, then one checkpoint, whole or not at all.
 
-What finished stages left is kept in a work folder beside the output (see `sparsify.workfolder`), so that an
+What finished stages left is kept in a work folder beside the output (see `sparsify.runtime.workfolder`), so that an
 interrupted run goes on after the last finished stage, and in the middle of a `finetune` stage from the Trainer's last
 checkpoint. Every stage starts from its own seed, so a resumed run writes the same bytes as an unbroken one.
 """
@@ -15,29 +15,30 @@ from typing import Any
 
 import torch
 
-from sparsify import measure, processes
+from sparsify import measure
 from sparsify.blocks import BlockMask
+from sparsify.calibration.cache import WalkCache
 from sparsify.checkpoint import reader, scratch, writer
 from sparsify.checkpoint.format import REPORT_FILE
 from sparsify.errors import OutputError, SparsifyError
-from sparsify.interruptions import Interrupted, Terminated, memory_told, stoppable
 from sparsify.layers.swap import masks_of
-from sparsify.output_lock import OutputLock
 from sparsify.plan import Plan, make_plan, resolve_device, resolve_task, skeleton, writes
-from sparsify.progress import Progress
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
+from sparsify.runtime import processes
+from sparsify.runtime.interruptions import Interrupted, Terminated, memory_told, stoppable
+from sparsify.runtime.output_lock import OutputLock
+from sparsify.runtime.progress import Progress
+from sparsify.runtime.workfolder import WorkFolder, last_trainer_checkpoint, replace_text
 from sparsify.stages import State, run_stage
 from sparsify.stages.convert import pack
 from sparsify.stages.prune import restore_masks
 from sparsify.stages.report_page import render
 from sparsify.stages.sharing import share
 from sparsify.targets import KeptDense
-from sparsify.walk_cache import WalkCache
-from sparsify.workfolder import WorkFolder, last_trainer_checkpoint, replace_text
 
 # Recipes without these stages are over so soon that a work folder would cost more than it saves.
 LONG_STAGES = {"calibrate", "finetune", "evaluate"}
-# Beside the output: scores of pruners that need calibration data (see `sparsify.sequential`).
+# Beside the output: scores of pruners that need calibration data (see `sparsify.calibration.sequential`).
 SCORES_FOLDER = "sparsify-scores"
 
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import data, scopes, sensitivity_file
+from sparsify import sensitivity_file
+from sparsify.allocation import scopes
 from sparsify.checkpoint import reader, writer
+from sparsify.data import spec as data
 from sparsify.errors import CheckpointError, ConfigError, OutputError, SparsifyError
 from sparsify.prediction import predict, warning
 from sparsify.preparation import selected
 from sparsify.pruner import PrunableLayer
-from sparsify.recipe import (
+from sparsify.recipe.schema import (
     CalibrateStage,
     ConvertStage,
     EvaluateStage,

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify import scopes, sensitivity_file
-from sparsify.allocation import Budget
+from sparsify import sensitivity_file
+from sparsify.allocation import scopes
+from sparsify.allocation.budget import Budget
 from sparsify.errors import ConfigError
 from sparsify.pruner import Pruner, create_pruner
-from sparsify.recipe import Pruning
+from sparsify.recipe.schema import Pruning
 from sparsify.targets import Selection, select
 
 

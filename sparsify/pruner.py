@@ -1,6 +1,6 @@
 """The pruner contract: what an algorithm sees (`PrunableLayer`), what it implements (`Pruner`), how it is named.
 
-A pruner scores blocks. Which blocks go is the budget's business (`sparsify.allocation`), how a model is trained
+A pruner scores blocks. Which blocks go is the budget's business (`sparsify.allocation.budget`), how a model is trained
 under a mask that of `sparsify.masking`. `docs/pruners.md` shows a custom pruner in fifteen lines.
 """
 # ruff: noqa: B027 -- the optional hooks of the contract are empty on purpose
@@ -27,7 +27,7 @@ from sparsify.conv_weight import ConvWeight
 from sparsify.errors import PrunerError, SparsifyError
 
 if TYPE_CHECKING:
-    from sparsify.allocation import Budget
+    from sparsify.allocation.budget import Budget
 
 STATISTICS = frozenset({"input_sq", "hessian"})
 RECONSTRUCT_STEPS = 300

@@ -29,7 +29,7 @@ def perplexity(
 
     Args:
         model: A transformers causal language model.
-        dataset: From `sparsify.data.causal_blocks`.
+        dataset: From `sparsify.data.spec.causal_blocks`.
         batch: Blocks in one forward pass.
         progress: Called with the number of blocks done.
 
@@ -60,7 +60,7 @@ def masked_perplexity(
 
     Args:
         model: A transformers masked language model.
-        dataset: From `sparsify.data.masked_blocks`.
+        dataset: From `sparsify.data.spec.masked_blocks`.
         mask_token_id: The token that stands in for a hidden one.
         batch: Blocks in one forward pass.
         seed: Chooses the hidden tokens.
@@ -97,7 +97,7 @@ def accuracy(
 
     Args:
         model: A transformers sequence classifier.
-        dataset: From `sparsify.data.classification_samples`.
+        dataset: From `sparsify.data.spec.classification_samples`.
         tokenizer: Pads the texts of a batch.
         batch: Texts in one forward pass.
         progress: Called with the number of texts done.
@@ -130,7 +130,7 @@ def class_accuracy(
 
     Args:
         model: A transformers classifier.
-        dataset: From `sparsify.data.image_samples` or `speech_samples`.
+        dataset: From `sparsify.data.spec.image_samples` or `speech_samples`.
         collate: Makes a batch of inputs and `labels` of a list of rows.
         batch: Samples in one forward pass.
         progress: Called with the number of samples done.
@@ -159,7 +159,7 @@ def target_perplexity(
 
     Args:
         model: A transformers sequence-to-sequence model.
-        dataset: From `sparsify.data.target_samples`.
+        dataset: From `sparsify.data.spec.target_samples`.
         collate: Makes a batch of inputs and `labels` (-100 is padding) of a list of rows.
         batch: Texts in one forward pass.
         progress: Called with the number of texts done.
@@ -192,7 +192,7 @@ def similarity(
 
     Args:
         model: A transformers encoder.
-        dataset: From `sparsify.data.sentence_pairs`.
+        dataset: From `sparsify.data.spec.sentence_pairs`.
         tokenizer: The encoder's.
         batch: Sentences in one forward pass.
         length: Tokens after which a sentence is cut.

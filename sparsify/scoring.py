@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import checked_score
-from sparsify.calibration import checked_batches, needs_calibration
+from sparsify.allocation.budget import checked_score
+from sparsify.calibration.statistics import checked_batches, needs_calibration
+from sparsify.calibration.walk import Walk
 from sparsify.pruner import PrunableLayer, Pruner
-from sparsify.walk import Walk
 
 
 @torch.no_grad()

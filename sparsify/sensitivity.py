@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify import data as data_files
 from sparsify import plots, sensitivity_file
-from sparsify.allocation import allocate
-from sparsify.calibration import collect_statistics, needs_calibration
+from sparsify.allocation.budget import allocate
+from sparsify.calibration.statistics import collect_statistics, needs_calibration
 from sparsify.checkpoint import reader
+from sparsify.data import spec as data_files
 from sparsify.errors import ConfigError, SparsifyError
 from sparsify.plan import resolve_device, resolve_task, skeleton
 from sparsify.preparation import selected
-from sparsify.progress import Advance, Progress
 from sparsify.pruner import PrunableLayer, Pruner, create_pruner
-from sparsify.recipe import CalibrateStage, PruneStage, Recipe
+from sparsify.recipe.schema import CalibrateStage, PruneStage, Recipe
+from sparsify.runtime.progress import Advance, Progress
 from sparsify.sensitivity_file import Measured
 from sparsify.training.samples import Batch, in_dtype, load_samples
 

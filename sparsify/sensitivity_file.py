@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsify.allocation.shares import Curve
 from sparsify.errors import ConfigError, OutputError
 from sparsify.pruner import PrunableLayer
-from sparsify.shares import Curve
-from sparsify.workfolder import replace_text
+from sparsify.runtime.workfolder import replace_text
 
 VERSION = 1
 

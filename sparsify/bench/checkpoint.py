@@ -23,7 +23,7 @@ from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers.experts import BlockSparseExperts
 from sparsify.layers.swap import sparse_modules
 from sparsify.plan import resolve_device, resolve_task
-from sparsify.progress import Progress
+from sparsify.runtime.progress import Progress
 
 GPU_TOKENS, CPU_TOKENS = (1, 16, 256, 2048), (1, 16, 128)
 DTYPES = ("auto", "float32", "float16", "bfloat16")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sparsify.bench.timing import race
-from sparsify.kernels import conv_ops, ops, recurrence  # noqa: F401  (register the operators)
+from sparsify.kernels.convolution import ops as conv_ops  # noqa: F401  (register the operators)
 from sparsify.layers.experts import BlockSparseExperts, projections
 
 # Side of the matrices and bytes of the copy: large enough for the full speed.

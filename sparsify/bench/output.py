@@ -10,7 +10,7 @@ from typing import Any
 from sparsify import plots_speed
 from sparsify.bench import verdict
 from sparsify.errors import OutputError
-from sparsify.workfolder import replace_text
+from sparsify.runtime.workfolder import replace_text
 
 PICTURE = ".png"
 

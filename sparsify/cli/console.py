@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from sparsify.progress import Advance, Progress
+from sparsify.runtime.progress import Advance, Progress
 
 
 def out() -> Console:

@@ -48,7 +48,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: perplexity or the task's own metric, parameters, bytes, peak memory, latency."""
     from sparsify.api import evaluate as measure
-    from sparsify.data import DataSpec
+    from sparsify.data.spec import DataSpec
     from sparsify.stages.report import table
 
     console.quiet_transformers()

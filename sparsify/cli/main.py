@@ -28,7 +28,7 @@ from sparsify.cli.sensitivity import sensitivity
 from sparsify.cli.sweep import sweep
 from sparsify.cli.tune import tune
 from sparsify.errors import DeviceMemoryError, SparsifyError
-from sparsify.launch import OtherProcessError, is_first, several
+from sparsify.runtime.launch import OtherProcessError, is_first, several
 
 USER_ERROR, INTERRUPTED = 2, 130
 

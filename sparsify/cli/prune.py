@@ -105,7 +105,7 @@ def prune(
 ) -> None:
     """Prune a checkpoint once and write it block-sparse, without training."""
     from sparsify.pruner import default_method
-    from sparsify.recipe import Recipe
+    from sparsify.recipe.schema import Recipe
 
     method, reconstruct = default_method(data is not None, method, reconstruct)
     pruning = {

@@ -19,7 +19,7 @@ Source = Annotated[str, typer.Argument(help="Recipe file, or a name that `sparsi
 @app.command("list", epilog="Example: sparsify recipe list")
 def list_recipes(json: options.Json = False) -> None:
     """List the packaged recipes."""
-    from sparsify.recipe_file import locate, packaged
+    from sparsify.recipe.file import locate, packaged
 
     found = {name: str(locate(name).data.get("description", "")) for name in packaged()}
     if json:
@@ -31,7 +31,7 @@ def list_recipes(json: options.Json = False) -> None:
 @app.command("show", epilog="Example: sparsify recipe show magnitude_oneshot > my_recipe.yaml")
 def show(recipe: Source) -> None:
     """Print a recipe's text, comments and all; also `accelerate/ddp` and `accelerate/fsdp2`, for several GPUs."""
-    from sparsify.recipe_file import launch_configurations, locate
+    from sparsify.recipe.file import launch_configurations, locate
 
     launch = launch_configurations().get(recipe)
     print(locate(recipe).text if launch is None else launch.read_text(encoding="utf-8"), end="")
@@ -40,7 +40,7 @@ def show(recipe: Source) -> None:
 @app.command("validate", epilog="Example: sparsify recipe validate my_recipe.yaml --set prune.sparsity=0.6")
 def validate(recipe: Source, settings: options.Set = None, json: options.Json = False) -> None:
     """Check a recipe and report every fault at once. Neither model nor data are touched."""
-    from sparsify.recipe import Recipe
+    from sparsify.recipe.schema import Recipe
 
     ready = Recipe.load(recipe, settings or ())
     if json:

@@ -30,7 +30,7 @@ def run(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Run a recipe: an ordered list of stages (calibrate, prune, finetune, convert, evaluate, report)."""
-    from sparsify.recipe import Recipe
+    from sparsify.recipe.schema import Recipe
 
     values = {
         "model": model,

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sparsify.cli import console
-from sparsify.launch import is_first
+from sparsify.runtime.launch import is_first
 
 if TYPE_CHECKING:
     from sparsify.estimate import Estimate
     from sparsify.pipeline import RunResult
     from sparsify.plan import Plan
-    from sparsify.recipe import Recipe
+    from sparsify.recipe.schema import Recipe
 
 SHOWN_LAYERS = 40
 

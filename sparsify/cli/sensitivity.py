@@ -58,7 +58,7 @@ def sensitivity(
 ) -> None:
     """Prune one layer at a time at a few sparsities and measure by how much the loss rises."""
     from sparsify.cli.tune import numbers
-    from sparsify.data import DataSpec
+    from sparsify.data.spec import DataSpec
     from sparsify.sensitivity import Sensitivity, make_recipe
 
     console.quiet_transformers()

@@ -11,8 +11,8 @@ import typer
 from sparsify.cli import console, options
 
 if TYPE_CHECKING:
-    from sparsify.sweep_file import Swept
-    from sparsify.sweep_plan import SweepPlan
+    from sparsify.sweep.file import Swept
+    from sparsify.sweep.plan import SweepPlan
 
 
 def sweep(
@@ -115,9 +115,9 @@ def sweep(
 ) -> None:
     """Prune in several block shapes and sparsities, measure quality and speed of each, and mark the best choice."""
     from sparsify.cli.tune import numbers
-    from sparsify.data import DataSpec
-    from sparsify.sweep import Sweep
-    from sparsify.sweep_plan import SweepPlan
+    from sparsify.data.spec import DataSpec
+    from sparsify.sweep.plan import SweepPlan
+    from sparsify.sweep.run import Sweep
 
     console.quiet_transformers()
     columns = tuple(column) if column else None

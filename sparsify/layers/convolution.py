@@ -17,8 +17,8 @@ from torch.nn import functional
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.conv_weight import ConvWeight
 from sparsify.errors import BlockShapeError, ConfigError
-from sparsify.kernels.conv_geometry import Geometry
-from sparsify.kernels.conv_ops import block_sparse_conv, indices, pointwise
+from sparsify.kernels.convolution.geometry import Geometry
+from sparsify.kernels.convolution.ops import block_sparse_conv, indices, pointwise
 from sparsify.kernels.storage import Topology
 from sparsify.layers.packed import PackedModule, PackedWeight
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import BlockShapeError
 from sparsify.kernels.embedding import block_slots, block_sparse_rows
-from sparsify.kernels.ops import block_sparse_linear
+from sparsify.kernels.linear.ops import block_sparse_linear
 from sparsify.kernels.storage import pack
 from sparsify.layers.packed import PackedModule, PackedWeight
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.kernels.grouped_ops import (
+from sparsify.kernels.grouped.ops import (
     block_sparse_grouped,
     block_sparse_grouped_activated,
     group_by_expert,
 )
-from sparsify.kernels.grouped_reference import Groups
+from sparsify.kernels.grouped.reference import Groups
 from sparsify.kernels.storage import Topology, pack
 from sparsify.layers.mlp_patterns import activation_name
 from sparsify.layers.packed import PackedModule, PackedWeight

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from sparsify.kernels.ops import Operand, block_sparse_gated, block_sparse_linear
+from sparsify.kernels.linear.ops import Operand, block_sparse_gated, block_sparse_linear
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.mlp_patterns import Mlp, activation_name, recognise
 

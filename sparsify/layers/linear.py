@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import BlockShapeError
-from sparsify.kernels.ops import block_sparse_linear
+from sparsify.kernels.linear.ops import block_sparse_linear
 from sparsify.kernels.storage import pack
 from sparsify.layers.packed import PackedModule, PackedWeight
 

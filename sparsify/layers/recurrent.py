@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.kernels.ops import block_sparse_linear
-from sparsify.kernels.recurrence import Weight, forward, hidden_before, last_hidden, recurrence
+from sparsify.kernels.linear.ops import block_sparse_linear
+from sparsify.kernels.recurrent.recurrence import Weight, forward, hidden_before, last_hidden, recurrence
 from sparsify.kernels.storage import pack
 from sparsify.layers.packed import PackedModule, PackedWeight
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from sparsify.calibration import collect_statistics, needs_calibration
+from sparsify.calibration.statistics import collect_statistics, needs_calibration
 from sparsify.preparation import make_pruner, selected
-from sparsify.recipe import ENOUGH, CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
+from sparsify.recipe.schema import ENOUGH, CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
 from sparsify.stages.prune import order_units
 from sparsify.stages.state import State
 from sparsify.training.samples import Samples, in_dtype, load_samples

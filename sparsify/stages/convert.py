@@ -9,7 +9,7 @@ from sparsify.kernels.tuning_files import device_name
 from sparsify.layers import swap
 from sparsify.layers.kinds import dense_kind, every_matrix
 from sparsify.prediction import predict
-from sparsify.recipe import ConvertStage
+from sparsify.recipe.schema import ConvertStage
 from sparsify.stages.state import State
 
 

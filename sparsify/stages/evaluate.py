@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsify import measure, quality
 from sparsify.checkpoint.reader import TASKS
 from sparsify.checkpoint.writer import weight_bytes
-from sparsify.data import (
+from sparsify.data.spec import (
     Source,
     causal_blocks,
     classification_samples,
@@ -22,8 +22,8 @@ from sparsify.data import (
 )
 from sparsify.errors import ConfigError
 from sparsify.layers.swap import sparse_modules
-from sparsify.progress import Progress
-from sparsify.recipe import EvaluateStage
+from sparsify.recipe.schema import EvaluateStage
+from sparsify.runtime.progress import Progress
 from sparsify.stages.state import State
 from sparsify.training.samples import (
     MEDIA_TASKS,

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import masking, processes
+from sparsify import masking
 from sparsify.errors import ConfigError
 from sparsify.layers.swap import sparse_modules
 from sparsify.preparation import budget, prepare
-from sparsify.recipe import ConvertStage, FinetuneStage
-from sparsify.recipe_training import Distill
+from sparsify.recipe.schema import ConvertStage, FinetuneStage
+from sparsify.recipe.training import Distill
+from sparsify.runtime import processes
 from sparsify.stages.convert import choose, pack
 from sparsify.stages.heal_choice import faster_form
 from sparsify.stages.prune import order_units

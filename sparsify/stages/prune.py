@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockMask
-from sparsify.calibration import needs_calibration
+from sparsify.calibration.sequential import prune_in_walks, remove_blocks
+from sparsify.calibration.statistics import needs_calibration
 from sparsify.layers.kinds import every_matrix
 from sparsify.permutation import gain, in_words, permute
 from sparsify.preparation import budget, prepare
-from sparsify.progress import Progress
 from sparsify.pruner import PrunableLayer, Pruner
-from sparsify.recipe import PruneStage, Pruning
-from sparsify.sequential import prune_in_walks, remove_blocks
+from sparsify.recipe.schema import PruneStage, Pruning
+from sparsify.runtime.progress import Progress
 from sparsify.stages.state import State
 
 

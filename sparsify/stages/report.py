@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import sparsify
-from sparsify import data, measure
+from sparsify import measure
 from sparsify.blocks import BlockMask
-from sparsify.recipe import Recipe, ReportStage
+from sparsify.data import spec as data
+from sparsify.recipe.schema import Recipe, ReportStage
 from sparsify.stages.state import State
 from sparsify.targets import KeptDense
 
@@ -57,7 +58,7 @@ def build(state: State) -> dict[str, Any]:
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the content and the settings of each source that a stage reads (see `sparsify.data.fingerprint`)."""
+    """SHA-256 of the content and the settings of each source that a stage reads (see `data.spec.fingerprint`)."""
     readers = {"train": "finetune", "eval": "evaluate", "calibration": "calibrate"}
     stages = {stage.stage for stage in recipe.stages}
     sources = {kind: getattr(recipe.data, kind) for kind, stage in readers.items() if stage in stages}

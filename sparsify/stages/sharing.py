@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsify import processes
+from sparsify.runtime import processes
 from sparsify.stages.convert import pack
 from sparsify.stages.state import State
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sparsify.blocks import BlockMask
+from sparsify.calibration.cache import WalkCache
 from sparsify.layers.swap import masks_of, sparse_modules
-from sparsify.progress import Progress
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
+from sparsify.runtime.progress import Progress
 from sparsify.targets import KeptDense
-from sparsify.walk_cache import WalkCache
 
 
 @dataclass

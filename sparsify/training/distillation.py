@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.errors import ConfigError
-from sparsify.recipe_training import Distill
+from sparsify.recipe.training import Distill
 from sparsify.training.samples import Batch, Samples, pair_loss
 
 EMBEDDING_TASK = "sentence-embedding"
@@ -32,7 +32,7 @@ ROWS = "teacher_rows"
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the terms, with the defaults of a task filled in; see `sparsify.recipe_training.Distill`."""
+    """Weights of the terms, with the defaults of a task filled in; see `sparsify.recipe.training.Distill`."""
 
     task: float
     logits: float

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparsify import processes
 from sparsify.checkpoint.conversions import own_names
 from sparsify.errors import ConfigError, SparsifyError
-from sparsify.progress import Advance, Progress
-from sparsify.recipe import FinetuneStage
+from sparsify.recipe.schema import FinetuneStage
+from sparsify.runtime import processes
+from sparsify.runtime.progress import Advance, Progress
 from sparsify.training.dropout import dropout_of
 from sparsify.training.masked_tokens import TokenHider
 from sparsify.training.pruning_callback import PruningCallback

@@ -27,12 +27,12 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor
 
 from sparsify.errors import ConfigError
-from sparsify.kernels.ops import block_sparse_linear
+from sparsify.kernels.linear.ops import block_sparse_linear
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.packed import PackedModule
 
 if TYPE_CHECKING:
-    from sparsify.recipe_training import Lora
+    from sparsify.recipe.training import Lora
 
 # The other initialisations of PEFT rewrite the base weight or need it dense.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockMask
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.masking import load_masks, save_masks

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockMask
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.masking import current_masks, mask_gradients, mask_model

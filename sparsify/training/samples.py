@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sparsify.checkpoint.reader import TASKS
-from sparsify.data import (
+from sparsify.data.media import decode_image, decode_sound
+from sparsify.data.spec import (
     Source,
     causal_blocks,
     classification_samples,
@@ -27,7 +28,6 @@ from sparsify.data import (
     stream_samples,
     target_samples,
 )
-from sparsify.data_media import decode_image, decode_sound
 from sparsify.errors import ConfigError, DataError
 from sparsify.training.masked_tokens import TokenHider
 

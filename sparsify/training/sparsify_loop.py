@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.calibration import collect_statistics
+from sparsify.calibration.statistics import collect_statistics
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.masking import unmask
 from sparsify.permutation import permute
 from sparsify.preparation import budget, prepare
-from sparsify.recipe import PruneStage, Recipe, Search
-from sparsify.recipe_faults import describe, from_pydantic
+from sparsify.recipe.faults import describe, from_pydantic
+from sparsify.recipe.schema import PruneStage, Recipe, Search
 from sparsify.training.pruning_loop import PruningLoop
 from sparsify.training.sharding import is_sharded, share_statistics
 

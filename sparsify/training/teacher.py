@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint import reader
 from sparsify.errors import ConfigError
-from sparsify.recipe_training import Distill
+from sparsify.recipe.training import Distill
 from sparsify.training.distillation import EMBEDDING_TASK, Signals, Weights, forward, signals
 from sparsify.training.samples import Batch, set_padding
 

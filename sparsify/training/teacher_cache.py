@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sparsify.errors import ConfigError, OutputError
-from sparsify.progress import Progress
+from sparsify.runtime.progress import Progress
 from sparsify.training.distillation import ROWS, Signals, Weights
 from sparsify.training.samples import Batch, Samples
 from sparsify.training.teacher import teacher_signals

@@ -12,12 +12,12 @@ import torch
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.checkpoint import reader
 from sparsify.errors import ConfigError
-from sparsify.kernels.conv_ops import pointwise
+from sparsify.kernels.convolution.ops import pointwise
 from sparsify.kernels.tuning_files import Entry
 from sparsify.layers.convolution import BlockSparseConv
 from sparsify.layers.kinds import dense_kind, every_matrix, is_sparse
 from sparsify.plan import skeleton
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from sparsify.targets import select
 
 # Layers whose densities differ by less than this are measured once: between densities times are interpolated.

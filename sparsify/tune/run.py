@@ -20,7 +20,7 @@ from sparsify.kernels import dispatch
 from sparsify.kernels.tuning import UNLISTED
 from sparsify.kernels.tuning_files import Candidate, Entry, device_name, read, user_file, write
 from sparsify.plan import resolve_device
-from sparsify.progress import Progress
+from sparsify.runtime.progress import Progress
 from sparsify.tune import cases as tune_cases
 from sparsify.tune.cases import Case
 

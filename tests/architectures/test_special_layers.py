@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from sparsify.allocation import allocate
+from sparsify.allocation.budget import allocate
 from sparsify.blocks import BlockShape
 from sparsify.checkpoint import writer
 from sparsify.errors import TargetError

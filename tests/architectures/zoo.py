@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from sparsify.allocation import allocate
+from sparsify.allocation.budget import allocate
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.pruner import create_pruner
 from sparsify.targets import Selection, select

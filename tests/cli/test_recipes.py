@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from sparsify.checkpoint import reader
 from sparsify.cli.main import app
 from sparsify.layers.swap import sparse_modules
-from sparsify.recipe import FinetuneStage, PruneStage, Recipe
-from sparsify.recipe_file import packaged
+from sparsify.recipe.file import packaged
+from sparsify.recipe.schema import FinetuneStage, PruneStage, Recipe
 from tests.cli import checkpoints
 
 Maker = Callable[[Path], Path]

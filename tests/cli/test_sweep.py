@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import sparsify
-from sparsify import quality, sweep_file, sweep_plan
+from sparsify import quality
+from sparsify.calibration.walk import Walk
 from sparsify.cli.main import app
-from sparsify.data import DataSpec, causal_blocks
+from sparsify.data.spec import DataSpec, causal_blocks
 from sparsify.layers.linear import BlockSparseLinear
-from sparsify.sweep import Sweep
-from sparsify.walk import Walk
+from sparsify.sweep import file as sweep_file
+from sparsify.sweep import plan as sweep_plan
+from sparsify.sweep.run import Sweep
 from tests.cli import checkpoints
 
 FEW = (

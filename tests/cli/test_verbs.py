@@ -274,7 +274,7 @@ def test_random_weights_are_never_silent(dense):
 
 def test_sigterm_ends_the_command_with_one_line_and_its_own_code(dense, tmp_path, monkeypatch):
     from sparsify import pipeline
-    from sparsify.interruptions import Terminated
+    from sparsify.runtime.interruptions import Terminated
 
     def run(*args, **options):
         raise Terminated("terminated: finished work is kept; run the same command with --resume to go on")

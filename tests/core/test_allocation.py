@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsify.allocation import FLOOR_SHARE, SCOPES, Budget, allocate
+from sparsify.allocation.budget import FLOOR_SHARE, SCOPES, Budget, allocate
 from sparsify.blocks import BlockShape, block_sizes
 from sparsify.errors import ConfigError, PrunerError
 from sparsify.pruner import PrunableLayer

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sparsify
-from sparsify.data import DataSpec
+from sparsify.data.spec import DataSpec
 from sparsify.errors import BlockShapeError, ConfigError, PrunerError, TargetError
 from sparsify.layers.swap import sparse_modules
 from tests.cli import checkpoints

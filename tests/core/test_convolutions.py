@@ -10,7 +10,7 @@ from torch.nn import functional
 import sparsify
 from sparsify import BlockShape
 from sparsify.blocks import BlockMask
-from sparsify.calibration import collect_statistics
+from sparsify.calibration.statistics import collect_statistics
 from sparsify.checkpoint import reader
 from sparsify.conv_weight import as_linear
 from sparsify.errors import CheckpointError, TargetError

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sparsify import data
-from sparsify.data import DataSpec
+from sparsify.data import spec as data
+from sparsify.data.spec import DataSpec
 from sparsify.errors import DataError
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "<eos>", *"abcdefghijklmnopqrstuvwxyz"]

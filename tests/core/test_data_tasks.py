@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsify import data
-from sparsify.data import DataSpec
-from sparsify.data_media import decode_image, decode_sound, resample
+from sparsify.data import spec as data
+from sparsify.data.media import decode_image, decode_sound, resample
+from sparsify.data.spec import DataSpec
 from sparsify.errors import ConfigError, DataError
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from tests.cli import checkpoints
 
 

@@ -13,7 +13,7 @@ from sparsify import estimate as module
 from sparsify.cli.main import app
 from sparsify.estimate import Estimate, estimate
 from sparsify.plan import make_plan
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from tests.cli import checkpoints
 
 PRUNE = {"stage": "prune", "block": "32x32", "sparsity": 0.75}

@@ -14,8 +14,8 @@ from sparsify.checkpoint import reader, scratch
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers.swap import masks_of
 from sparsify.plan import make_plan
-from sparsify.progress import Progress
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
+from sparsify.runtime.progress import Progress
 from tests.cli import checkpoints
 from tests.cli.checkpoints import digests
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify import front
-from sparsify.front import Trade
+from sparsify.sweep import front
+from sparsify.sweep.front import Trade
 
 
 def trades(*pairs: tuple[float, float]) -> list[Trade]:

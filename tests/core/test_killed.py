@@ -20,9 +20,9 @@ import transformers
 
 from sparsify import pipeline
 from sparsify.errors import ConfigError, DeviceMemoryError, OutputError
-from sparsify.output_lock import OutputLock
-from sparsify.progress import Progress
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
+from sparsify.runtime.output_lock import OutputLock
+from sparsify.runtime.progress import Progress
 from sparsify.training import finetune
 from tests.cli import checkpoints
 

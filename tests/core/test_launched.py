@@ -15,11 +15,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from sparsify import pipeline, processes
+from sparsify import pipeline
 from sparsify.cli.main import app
 from sparsify.errors import ConfigError
 from sparsify.layers.swap import masks_of
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
+from sparsify.runtime import processes
 from tests.cli import checkpoints
 
 RANKS = 2

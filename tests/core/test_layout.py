@@ -138,9 +138,10 @@ def test_wheel_lives_beside_hugging_face_kernels(wheel: Path, tmp_path: Path) ->
     # Everything else comes from the environment that runs the tests, whose own `sparsify` is not seen.
     (site / "outer.pth").write_text(sysconfig.get_path("purelib"))
     code = (
-        "import kernels, sparsify, sparsify.kernels.ops, sparsify.pruners.magnitude, transformers\n"
+        "import kernels, sparsify, sparsify.kernels.linear.ops, sparsify.pruners.magnitude, transformers\n"
         "print(kernels.get_kernel.__module__)\n"
-        "print(*(m.__file__ for m in (kernels, sparsify, sparsify.kernels.ops, sparsify.pruners.magnitude)), sep='\\n')"
+        "ours = (sparsify, sparsify.kernels.linear.ops, sparsify.pruners.magnitude)\n"
+        "print(*(module.__file__ for module in (kernels, *ours)), sep='\\n')"
     )
     origin, *files = run(python, "-c", code, cwd=tmp_path).splitlines()
     assert origin.startswith("kernels.")

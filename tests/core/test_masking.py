@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.masking import current_masks, load_masks, mask_gradients, mask_model, save_masks, unmask

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparsify
 from sparsify import masking, pipeline
 from sparsify.errors import ConfigError
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from sparsify.symmetries import symmetries
 from sparsify.training.pruning_callback import PruningCallback
 from tests.architectures.zoo import ARCHITECTURES

@@ -16,8 +16,8 @@ from sparsify import pipeline
 from sparsify.checkpoint import reader
 from sparsify.errors import CheckpointError, ConfigError, DataError, OutputError, SparsifyError, TargetError
 from sparsify.layers.swap import masks_of, sparse_modules
-from sparsify.progress import Progress
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
+from sparsify.runtime.progress import Progress
 from tests.cli import checkpoints
 from tests.cli.checkpoints import digests
 

@@ -23,8 +23,8 @@ from sparsify.kernels.tuning_files import Candidate, Entry, device_name, user_fi
 from sparsify.layers.swap import sparse_modules
 from sparsify.plan import make_plan
 from sparsify.prediction import Prediction, break_even, predict, warning
-from sparsify.progress import Progress
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
+from sparsify.runtime.progress import Progress
 from tests.cli import checkpoints
 
 CPU, F32, BLOCK = torch.device("cpu"), torch.float32, BlockShape(32, 32)

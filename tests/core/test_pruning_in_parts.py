@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from sparsify import pipeline
 from sparsify.checkpoint.reader import open_checkpoint
 from sparsify.layers.swap import masks_of, sparse_modules
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from tests.cli import checkpoints
 
 ATTENTION = {"stage": "prune", "block": "16x16", "sparsity": 0.5, "targets": ["re:self_attn"]}

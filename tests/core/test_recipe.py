@@ -9,8 +9,8 @@ import pytest
 
 from sparsify.blocks import BlockShape
 from sparsify.errors import ConfigError
-from sparsify.recipe import FinetuneStage, PruneStage, Recipe
-from sparsify.recipe_file import packaged
+from sparsify.recipe.file import packaged
+from sparsify.recipe.schema import FinetuneStage, PruneStage, Recipe
 
 MINIMAL = {
     "version": 1,
@@ -257,7 +257,7 @@ def test_missing_file_and_unknown_name(tmp_path):
 
 @pytest.mark.parametrize("name", packaged())
 def test_packaged_recipes_are_valid_and_say_how_to_run_them(name):
-    from sparsify.recipe_file import locate
+    from sparsify.recipe.file import locate
 
     recipe = Recipe.load(name)
     assert recipe.description

@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsify
 from sparsify.errors import ConfigError, PrunerError
-from sparsify.progress import Progress
+from sparsify.runtime.progress import Progress
 
 SMALL = {
     "vocab_size": 64,
@@ -89,7 +89,7 @@ def test_half_precision_models_stay_what_they_are_and_gain_all_the_same():
 
 
 def test_what_does_not_help_is_not_kept(monkeypatch):
-    monkeypatch.setattr("sparsify.reconstruction.RATE", 1e4)  # diverges at once
+    monkeypatch.setattr("sparsify.calibration.reconstruction.RATE", 1e4)  # diverges at once
     data = batches(8)
     plain = llama()
     reckless = copy.deepcopy(plain)
@@ -101,7 +101,7 @@ def test_what_does_not_help_is_not_kept(monkeypatch):
 
 
 def test_an_interrupted_walk_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    import sparsify.sequential as sequential
+    import sparsify.calibration.sequential as sequential
 
     dense, data = llama(), batches(8)
     given = {"method": "block_obs", "block": 8, "sparsity": 0.5, "calibration": data, "convert": False}
@@ -126,10 +126,10 @@ def test_an_interrupted_walk_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_the_error_of_each_block_is_told():
-    from sparsify.allocation import Budget
+    from sparsify.allocation.budget import Budget
     from sparsify.blocks import BlockShape
+    from sparsify.calibration.sequential import prune_in_walks
     from sparsify.pruner import create_pruner
-    from sparsify.sequential import prune_in_walks
     from sparsify.targets import select
 
     class Notes(Progress):
@@ -210,12 +210,12 @@ def tokenizer(folder) -> None:
 def test_every_step_is_told_and_the_bar_ends_full(tmp_path):
     from contextlib import contextmanager
 
-    from sparsify.allocation import Budget
+    from sparsify.allocation.budget import Budget
     from sparsify.blocks import BlockShape
+    from sparsify.calibration.cache import WalkCache
+    from sparsify.calibration.sequential import prune_in_walks
     from sparsify.pruner import create_pruner
-    from sparsify.sequential import prune_in_walks
     from sparsify.targets import select
-    from sparsify.walk_cache import WalkCache
 
     class Bars(Progress):
         def __init__(self) -> None:

@@ -20,7 +20,7 @@ from matplotlib.image import imread
 
 from sparsify import pipeline
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from sparsify.stages.report import layer_entry, totals
 from sparsify.stages.report_page import render
 from sparsify.stages.report_pictures import (

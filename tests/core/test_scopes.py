@@ -12,7 +12,7 @@ from sparsify import pipeline
 from sparsify.checkpoint.reader import open_checkpoint
 from sparsify.cli.main import app
 from sparsify.errors import ConfigError
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from tests.cli import checkpoints
 
 

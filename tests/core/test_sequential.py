@@ -10,15 +10,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockMask, BlockShape, to_blocks
-from sparsify.calibration import collect_statistics
+from sparsify.calibration.cache import WalkCache
+from sparsify.calibration.sequential import prune_in_walks
+from sparsify.calibration.statistics import collect_statistics
+from sparsify.calibration.walk import Walk
 from sparsify.errors import PrunerError
 from sparsify.pruner import PrunableLayer, Pruner, create_pruner
-from sparsify.sequential import prune_in_walks
 from sparsify.targets import select
-from sparsify.walk import Walk
-from sparsify.walk_cache import WalkCache
 
 BLOCK = BlockShape(8, 8)
 SMALL = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sparsify import pipeline
-from sparsify.progress import Progress
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
+from sparsify.runtime.progress import Progress
 from tests.cli import checkpoints
 
 

@@ -15,7 +15,8 @@ from sparsify.bench.products import Product, Weight, contest
 from sparsify.bench.timing import Times
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import CheckpointError, ConfigError, OutputError, SparsifyError
-from sparsify.kernels import dispatch, reference, tuning
+from sparsify.kernels import dispatch, tuning
+from sparsify.kernels.linear import reference
 from sparsify.kernels.tuning_files import Candidate, device_name, read, user_file
 from sparsify.layers.swap import masks_of
 from sparsify.tune import cases as tune_cases

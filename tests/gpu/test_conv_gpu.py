@@ -29,7 +29,7 @@ def poisoned():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_products(case, dtype):
-    from sparsify.kernels import triton_conv
+    from sparsify.kernels.convolution import triton_conv
 
     check_products(case, dtype, triton_conv, device="cuda")
 

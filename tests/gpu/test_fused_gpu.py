@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify.kernels import dispatch
-from sparsify.kernels.ops import Operand, block_sparse_gated, block_sparse_linear
-from sparsify.kernels.reference import ACTIVATIONS
+from sparsify.kernels.linear.ops import Operand, block_sparse_gated, block_sparse_linear
+from sparsify.kernels.linear.reference import ACTIVATIONS
 from sparsify.layers.fusion import FusedMlp, unfuse
 from sparsify.layers.swap import convert
 from tests.architectures.zoo import prune

@@ -40,7 +40,7 @@ def poisoned():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_products(case, dtype):
-    from sparsify.kernels import triton_grouped as kernels
+    from sparsify.kernels.grouped import triton_grouped as kernels
 
     check_products(case, dtype, kernels.grouped, kernels.grouped_dx, kernels.grouped_dw, "cuda")
 
@@ -48,7 +48,7 @@ def test_products(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_what_follows_the_product(case, dtype):
-    from sparsify.kernels.triton_grouped import grouped
+    from sparsify.kernels.grouped.triton_grouped import grouped
 
     check_activated(case, dtype, grouped, "silu", F.silu, "cuda")
 
@@ -72,7 +72,7 @@ HOPPER = [
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", HOPPER, ids=str)
 def test_hopper_kernel(case, dtype, tile):
-    from sparsify.kernels import hopper_grouped, triton_grouped
+    from sparsify.kernels.grouped import hopper_grouped, triton_grouped
 
     grouped, grouped_dx = (
         partial(product, tile=tile) for product in (hopper_grouped.grouped, hopper_grouped.grouped_dx)
@@ -94,7 +94,7 @@ def test_many_slots_take_the_hopper_kernel():
 @pytest.mark.parametrize("slots", [1, 7, 128, 1000, 40_000])
 @pytest.mark.parametrize("count", [1, 8, 128, 300])
 def test_slots_are_sorted_by_expert(slots, count):
-    from sparsify.kernels.triton_grouped import group
+    from sparsify.kernels.grouped.triton_grouped import group
 
     experts = torch.randint(count + 1, (slots,), device="cuda")
     order, offsets = group(experts, count)
@@ -105,7 +105,7 @@ def test_slots_are_sorted_by_expert(slots, count):
 
 
 def test_the_same_from_run_to_run():
-    from sparsify.kernels import triton_grouped as kernels
+    from sparsify.kernels.grouped import triton_grouped as kernels
 
     o = make(LARGE[1], torch.bfloat16, "cuda")
     for run in (

@@ -96,7 +96,7 @@ def test_decoding_with_low_blocks(tokens, block):
 @pytest.mark.parametrize("case", DECODE, ids=str)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gated_decoding(case, activation):
-    from sparsify.kernels import hopper_decode
+    from sparsify.kernels.linear import hopper_decode
     from tests.kernels.oracle import assert_close, make
 
     gate, up = make(case, torch.bfloat16, "cuda"), make(case, torch.bfloat16, "cuda")

@@ -32,7 +32,7 @@ def _nan_poisoned(function):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_products(case, dtype):
-    from sparsify.kernels import triton_dds, triton_dsd, triton_sdd
+    from sparsify.kernels.linear import triton_dds, triton_dsd, triton_sdd
 
     products = (_nan_poisoned(p) for p in (triton_dsd.dsd, triton_dds.dds, triton_sdd.sdd))
     check_products(case, dtype, *products, device="cuda")

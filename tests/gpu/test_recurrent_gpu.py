@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import sparsify
-from sparsify.kernels import recurrence
+from sparsify.kernels.recurrent import recurrence
 from sparsify.kernels.storage import unpack
 
 pytestmark = pytest.mark.gpu

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsify.kernels import dispatch, reference
-from sparsify.kernels.ops import Operand, block_sparse_gated, block_sparse_linear
+from sparsify.kernels import dispatch
+from sparsify.kernels.linear import reference
+from sparsify.kernels.linear.ops import Operand, block_sparse_gated, block_sparse_linear
 from sparsify.kernels.storage import pack
 from tests.kernels.oracle import PATTERNS, Case, assert_close, make
 from tests.kernels.stress import LAYOUTS, TOKENS, check, check_containment, poisoned_memory

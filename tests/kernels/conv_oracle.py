@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.conv_weight import ConvWeight
-from sparsify.kernels.conv_geometry import Geometry, conv_topology
+from sparsify.kernels.convolution.geometry import Geometry, conv_topology
 from sparsify.kernels.storage import Topology
 from tests.kernels.oracle import assert_close
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.kernels.grouped_reference import Groups, group
+from sparsify.kernels.grouped.reference import Groups, group
 from sparsify.kernels.storage import Topology, pack, topology
 from tests.kernels.oracle import assert_close
 

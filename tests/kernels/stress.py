@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.kernels import reference
+from sparsify.kernels.linear import reference
 from sparsify.kernels.storage import pack
 from tests.kernels.oracle import Case, Operands, assert_close, make
 

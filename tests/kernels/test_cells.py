@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.kernels import cells, recurrence, triton_cells
-from sparsify.kernels.recurrence import Weight
+from sparsify.kernels.recurrent import cells, recurrence, triton_cells
+from sparsify.kernels.recurrent.recurrence import Weight
 from sparsify.kernels.storage import pack, topology
 
 SIZES = [(1, 16), (3, 40), (2, 515)]
@@ -158,7 +158,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sparsify.kernels import triton_cells
+from sparsify.kernels.recurrent import triton_cells
 
 WIDE = {"c_ptr", "before_ptr", "dc_ptr", "carry_ptr"}
 for name in ("_lstm_kernel", "_lstm_back_kernel", "_gru_kernel", "_gru_back_kernel"):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import check_kernels
-from sparsify.kernels import dispatch, reference
+from sparsify.kernels import dispatch
+from sparsify.kernels.linear import reference
 
 
 @pytest.fixture

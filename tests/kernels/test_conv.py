@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from sparsify.kernels import conv_reference
+from sparsify.kernels.convolution import reference as conv_reference
 from tests.kernels.conv_oracle import CASES, Case, check_products, dense_conv, make
 from tests.kernels.oracle import DTYPES
 
@@ -36,14 +36,14 @@ def test_small_blocks_are_multiplied_with_their_zeros():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_kernels_in_the_interpreter(case, dtype):
-    from sparsify.kernels import triton_conv
+    from sparsify.kernels.convolution import triton_conv
 
     check_products(case, dtype, triton_conv)
 
 
 @interpreted
 def test_the_largest_blocks():
-    from sparsify.kernels import triton_conv
+    from sparsify.kernels.convolution import triton_conv
 
     case = Case((9, 11), (40, 20), (256, 256), kernel=(3, 3), density=1.0, batch=1)
     check_products(case, torch.float32, triton_conv)
@@ -53,14 +53,14 @@ def test_the_largest_blocks():
 @interpreted
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[8]], ids=str)
 def test_tiles_that_no_size_divides(case):
-    from sparsify.kernels import triton_conv
+    from sparsify.kernels.convolution import triton_conv
 
     check_products(case, torch.float32, triton_conv, tile=16, step=16)
 
 
 @interpreted
 def test_the_weights_gradient_is_the_same_in_parts():
-    from sparsify.kernels import triton_conv
+    from sparsify.kernels.convolution import triton_conv
 
     o = make(Case((16, 15), (16, 32)), torch.float32)
     arguments = o.dy, o.x, o.topo, o.geometry, 16, 16
@@ -70,7 +70,7 @@ def test_the_weights_gradient_is_the_same_in_parts():
 
 @interpreted
 def test_triton_reads_strided_activations():
-    from sparsify.kernels import triton_conv
+    from sparsify.kernels.convolution import triton_conv
 
     o = make(CASES[2], torch.float32)
     x, dy = (t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for t in (o.x, o.dy))
@@ -85,11 +85,11 @@ def test_triton_reads_strided_activations():
         torch.testing.assert_close(kernel(operand, *more), kernel(operand.contiguous(), *contiguous))
 
 
-@pytest.mark.parametrize("kernels", ["conv_reference", pytest.param("triton_conv", marks=interpreted)])
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("triton_conv", marks=interpreted)])
 def test_an_empty_batch(kernels):
     from importlib import import_module
 
-    module = import_module(f"sparsify.kernels.{kernels}")
+    module = import_module(f"sparsify.kernels.convolution.{kernels}")
     o = make(CASES[0], torch.float32)
     x, dy = o.x[:0], o.dy[:0]
     assert module.conv(x, o.values, o.bias, o.topo, o.geometry).shape == dy.shape

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from sparsify.kernels import triton_conv
+from sparsify.kernels.convolution import triton_conv
 
 TYPES = dict(t_crow_ptr="*i32", t_row_ptr="*i32", t_block_ptr="*i32", crow_ptr="*i32", col_ptr="*i32", row_ptr="*i32")
 SIZES = dict(

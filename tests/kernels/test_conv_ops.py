@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from sparsify.kernels import conv_reference
-from sparsify.kernels.conv_ops import block_sparse_conv, indices
+from sparsify.kernels.convolution import reference as conv_reference
+from sparsify.kernels.convolution.ops import block_sparse_conv, indices
 from tests.kernels.conv_oracle import CASES, Case, dense_products, make
 
 ODD = Case((7, 6), (20, 24), (8, 16), stride=(2, 1), groups=2)

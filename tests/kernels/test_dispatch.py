@@ -9,9 +9,10 @@ from timeit import timeit
 import pytest
 import torch
 
-from sparsify.kernels import dispatch, reference, tuning
+from sparsify.kernels import dispatch, tuning
 from sparsify.kernels.dispatch import candidates, choose
-from sparsify.kernels.grouped_reference import Groups
+from sparsify.kernels.grouped.reference import Groups
+from sparsify.kernels.linear import reference
 from sparsify.kernels.tuning_files import Candidate, Entry
 
 BF16 = torch.bfloat16
@@ -176,7 +177,7 @@ def test_the_number_of_tokens_that_decides_is_never_smaller():
 
 def test_a_candidate_becomes_a_call(monkeypatch):
     monkeypatch.undo()
-    from sparsify.kernels import triton_dsd
+    from sparsify.kernels.linear import triton_dsd
 
     assert dispatch.load(Candidate("triton_dsd"), "dsd") is triton_dsd.dsd
     bound = dispatch.load(Candidate("triton_dsd", (("tile", 64), ("warps", 8))), "dsd")
@@ -204,7 +205,7 @@ def test_a_decision_is_made_once_and_then_costs_little(monkeypatch):
         pytest.param(4096, {"blocks": 0}, "triton_grouped", id="empty"),
         pytest.param(4096, {"features": 1001}, "triton_grouped", id="odd"),
         pytest.param(4096, {"dtype": torch.float32}, "triton_grouped", id="float32"),
-        pytest.param(4096, {"dtype": torch.float64}, "grouped_reference", id="float64"),
+        pytest.param(4096, {"dtype": torch.float64}, "reference", id="float64"),
         pytest.param(1 << 22, {}, "triton_grouped", id="too_many"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsify.kernels import reference
+from sparsify.kernels.linear import reference
 from tests.kernels.oracle import DTYPES, Case, assert_close, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,7 +35,7 @@ def _kernel(name):
         return reference.dsd
     if not INTERPRETED:
         pytest.skip("with a GPU the compiled kernels are tested, see tests/gpu")
-    return import_module(f"sparsify.kernels.triton_{name}").dsd
+    return import_module(f"sparsify.kernels.linear.triton_{name}").dsd
 
 
 def test_every_activation_is_tested():

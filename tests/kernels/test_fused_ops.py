@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsify.kernels import library, reference
-from sparsify.kernels.ops import Operand, block_sparse_gated, block_sparse_linear
+from sparsify.kernels.linear import library, reference
+from sparsify.kernels.linear.ops import Operand, block_sparse_gated, block_sparse_linear
 from tests.kernels.oracle import Case, make
 
 GATE = Case(15, 70, 100, (16, 32), empty_row=True)
@@ -150,7 +150,7 @@ def test_export(strict, gate, up):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_as_linear_layers_do(dtype, traced, gate, up, monkeypatch):
     if traced:
-        monkeypatch.setattr("sparsify.kernels.ops.plain", lambda *_: False)
+        monkeypatch.setattr("sparsify.kernels.linear.ops.plain", lambda *_: False)
     with torch.autocast("cpu", dtype=dtype):
         y = block_sparse_gated(gate.x, _operand(gate), _operand(up), 70, "silu")
         z = block_sparse_linear(gate.x, *_operand(gate), 70, "gelu")

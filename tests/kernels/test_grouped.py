@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsify.kernels import grouped_reference
-from sparsify.kernels.grouped_reference import experts_of, group
+from sparsify.kernels.grouped import reference as grouped_reference
+from sparsify.kernels.grouped.reference import experts_of, group
 from tests.kernels.grouped_oracle import CASES, Case, check_activated, check_products, make, route
 from tests.kernels.oracle import DTYPES
 
@@ -34,7 +34,7 @@ def test_reference(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_kernels_in_the_interpreter(case, dtype):
-    from sparsify.kernels import triton_grouped as kernels
+    from sparsify.kernels.grouped import triton_grouped as kernels
 
     check_products(case, dtype, kernels.grouped, kernels.grouped_dx, kernels.grouped_dw)
 
@@ -44,7 +44,7 @@ def test_triton_kernels_in_the_interpreter(case, dtype):
 @pytest.mark.parametrize("kernel", ["reference", pytest.param("triton", marks=INTERPRETED)])
 def test_what_follows_the_product(case, name, kernel):
     if kernel == "triton":
-        from sparsify.kernels.triton_grouped import grouped
+        from sparsify.kernels.grouped.triton_grouped import grouped
     else:
         grouped = grouped_reference.grouped
     check_activated(case, torch.float32, grouped, name, FUNCTIONS[name])
@@ -55,7 +55,7 @@ def test_what_follows_the_product(case, name, kernel):
     "options", [{"tile": 1}, {"tile": 16, "part": 16}, {"tile": 64, "part": 32, "step": 128}], ids=str
 )
 def test_other_tiles_compute_the_same(options):
-    from sparsify.kernels.triton_grouped import grouped
+    from sparsify.kernels.grouped.triton_grouped import grouped
 
     case = Case(40, 2, 5, 128, 96, (32, 32), routing="none")
     o = make(case, torch.float32)
@@ -66,7 +66,7 @@ def test_other_tiles_compute_the_same(options):
 @INTERPRETED
 def test_bands_cover_all_tiles():
     """More tiles of slots than a band has, the last band not full."""
-    from sparsify.kernels.triton_grouped import BAND, grouped
+    from sparsify.kernels.grouped.triton_grouped import BAND, grouped
 
     case = Case(90, 2, 11, 64, 32, (32, 32))
     o = make(case, torch.float32)
@@ -77,7 +77,7 @@ def test_bands_cover_all_tiles():
 
 @INTERPRETED
 def test_weights_of_experts_without_slots_are_not_read():
-    from sparsify.kernels.triton_grouped import grouped
+    from sparsify.kernels.grouped.triton_grouped import grouped
 
     case = Case(2, 2, 6, 64, 64, (32, 32), routing="few", density=1.0)
     o = make(case, torch.float32)
@@ -95,7 +95,7 @@ def test_weights_of_experts_without_slots_are_not_read():
 
 @INTERPRETED
 def test_strided_activations():
-    from sparsify.kernels import triton_grouped as kernels
+    from sparsify.kernels.grouped import triton_grouped as kernels
 
     case = Case(9, 2, 3, 48, 40, (16, 16))
     o = make(case, torch.float32)
@@ -122,7 +122,7 @@ def _check_groups(groups, experts, count):
 @pytest.mark.parametrize("kernel", ["reference", pytest.param("triton", marks=INTERPRETED)])
 def test_slots_are_sorted_by_expert(kernel, routing):
     if kernel == "triton":
-        from sparsify.kernels.triton_grouped import group as sort
+        from sparsify.kernels.grouped.triton_grouped import group as sort
     else:
         sort = group
     for tokens, experts in ((17, 7), (1, 40), (50, 1)):

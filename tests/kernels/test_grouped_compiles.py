@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from sparsify.kernels import triton_grouped, triton_padding
+from sparsify.kernels.grouped import triton_grouped, triton_padding
 
 TYPES = {name: "*i32" for name in (
     "place_ptr", "bins_ptr", "items_ptr",

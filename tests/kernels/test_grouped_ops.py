@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from sparsify.kernels.grouped_ops import (
+from sparsify.kernels.grouped.ops import (
     block_sparse_grouped,
     block_sparse_grouped_activated,
     group_by_expert,
 )
-from sparsify.kernels.grouped_reference import Groups
+from sparsify.kernels.grouped.reference import Groups
 from sparsify.kernels.storage import pack
 from tests.kernels.grouped_oracle import CASES, Case, dense, make
 

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
-from sparsify.kernels import hopper_decode, hopper_linear, hopper_narrow, hopper_narrow_sdd, hopper_sdd
+from sparsify.kernels.linear import hopper_decode, hopper_linear, hopper_narrow, hopper_narrow_sdd, hopper_sdd
 from sparsify.kernels.hopper_common import LAYOUT, NARROW_LAYOUTS
 
 def box(rows, columns):

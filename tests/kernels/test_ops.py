@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from sparsify.kernels.ops import block_sparse_linear
+from sparsify.kernels.linear.ops import block_sparse_linear
 from sparsify.kernels.storage import pack
 from tests.kernels.oracle import CASES, Case, make
 

@@ -12,7 +12,7 @@ from sparsify.kernels import dispatch
 from sparsify.kernels.dispatch import KERNELS, Kernel, Product
 from tests.kernels.oracle import Case, check_products
 
-FOLDER = Path(__file__).resolve().parents[2] / "kernels"
+FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "linear"
 OPS = ("dsd", "dds", "sdd", "gated")
 CASE = Case(70, 100, 150, (32, 64), empty_row=True)
 
@@ -55,7 +55,7 @@ def options() -> list[dict[str, int]]:
 )
 @pytest.mark.parametrize("settings", options(), ids=str)
 def test_options_do_not_change_the_result(settings):
-    from sparsify.kernels import triton_dds, triton_dsd, triton_sdd
+    from sparsify.kernels.linear import triton_dds, triton_dsd, triton_sdd
 
     products = (triton_dsd.dsd, triton_dds.dds, triton_sdd.sdd)
     check_products(CASE, torch.float32, *(partial(product, **settings) for product in products))

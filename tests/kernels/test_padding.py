@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsify.kernels import grouped_reference
-from sparsify.kernels.work_grouped import grouped_steps
+from sparsify.kernels.grouped import reference as grouped_reference
+from sparsify.kernels.grouped.work_grouped import grouped_steps
 from tests.kernels.grouped_oracle import Case, make
 
 pytestmark = pytest.mark.skipif(
@@ -57,7 +57,7 @@ def emulate(padding, work, x, values, width, block_out, tile, transposed):
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "dx"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_by_these_lists(case, transposed, programs):
-    from sparsify.kernels.triton_padding import gather, pad, scatter
+    from sparsify.kernels.grouped.triton_padding import gather, pad, scatter
 
     tile, o = 16, make(case, torch.float32)
     work = grouped_steps(o.topo, case.experts, case.block, transposed)
@@ -76,7 +76,7 @@ def test_products_by_these_lists(case, transposed, programs):
 
 
 def test_strided_activations_are_gathered():
-    from sparsify.kernels.triton_padding import gather, pad
+    from sparsify.kernels.grouped.triton_padding import gather, pad
 
     o = make(CASES[0], torch.float32)
     padding, x = pad(o.groups, 16, 2, 4), torch.randn(60, 384)[:, ::2]
@@ -87,7 +87,7 @@ def test_strided_activations_are_gathered():
 @pytest.mark.parametrize("routing", ["uniform", "one", "few", "none"])
 def test_rows_of_slots(routing, tile):
     """Every expert begins with a new tile, in its slots' order; nothing else is in it."""
-    from sparsify.kernels.triton_padding import pad
+    from sparsify.kernels.grouped.triton_padding import pad
 
     case = Case(90, 2, 7, 64, 64, (64, 64), routing=routing)
     o = make(case, torch.float32)

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from sparsify.kernels import cells, recurrence, triton_recurrence
-from sparsify.kernels.recurrence import Weight
+from sparsify.kernels.recurrent import cells, recurrence, triton_recurrence
+from sparsify.kernels.recurrent.recurrence import Weight
 from tests.kernels.test_cells import GPU, TOLERANCE, numbers, weight
 
 # Sequences, units, block, steps: several tiles of units and of sequences, one sequence, blocks wider than a tile.
@@ -145,7 +145,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from sparsify.kernels import triton_recurrence
+from sparsify.kernels.recurrent import triton_recurrence
 
 name, capability, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 kernel = getattr(triton_recurrence, name)

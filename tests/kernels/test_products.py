@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from sparsify.kernels import reference
+from sparsify.kernels.linear import reference
 from tests.kernels.oracle import CASES, DTYPES, Case, check_products, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,7 +27,7 @@ def test_reference(case, dtype, way, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_kernels_in_the_interpreter(case, dtype):
-    from sparsify.kernels import triton_dds, triton_dsd, triton_sdd
+    from sparsify.kernels.linear import triton_dds, triton_dsd, triton_sdd
 
     check_products(case, dtype, triton_dsd.dsd, triton_dds.dds, triton_sdd.sdd)
 
@@ -38,7 +38,8 @@ def test_triton_kernels_in_the_interpreter(case, dtype):
     "case", [c for c in CASES if c.tokens <= 32] + [Case(2, 64, 1600, (16, 32))], ids=str
 )
 def test_decode_kernel_in_the_interpreter(case, dtype):
-    from sparsify.kernels import lasting, triton_dds, triton_decode, triton_sdd
+    from sparsify.kernels import lasting
+    from sparsify.kernels.linear import triton_dds, triton_decode, triton_sdd
 
     check_products(case, dtype, triton_decode.dsd, triton_dds.dds, triton_sdd.sdd)
     assert not any(own.any() for own in lasting._own.values())  # left as it was found
@@ -46,7 +47,7 @@ def test_decode_kernel_in_the_interpreter(case, dtype):
 
 @pytest.mark.skipif(not INTERPRETED, reason="with a GPU the compiled kernels are tested, see tests/gpu")
 def test_triton_reads_strided_activations():
-    from sparsify.kernels import triton_dds, triton_dsd, triton_sdd
+    from sparsify.kernels.linear import triton_dds, triton_dsd, triton_sdd
 
     o = make(CASES[1], torch.float32)
     wide = torch.randn(CASES[1].tokens, 2 * CASES[1].in_features)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparsify import BlockMask, BlockShape
-from sparsify.kernels import schedule, work_decode, work_narrow, work_square
+from sparsify.kernels import schedule
+from sparsify.kernels.linear import work_decode, work_narrow, work_square
 from sparsify.kernels.storage import Topology, pack, topology, unpack
 
 SUB = schedule.SUB

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.kernels import reference
+from sparsify.kernels.linear import reference
 from tests.kernels.oracle import PATTERNS, Case
 from tests.kernels.stress import LAYOUTS, TOKENS, check, check_containment
 
@@ -23,7 +23,7 @@ def _reference(op, *operands):
 
 
 def _interpreted(op, operand, *rest):
-    from sparsify.kernels import triton_dds, triton_decode, triton_dsd, triton_sdd
+    from sparsify.kernels.linear import triton_dds, triton_decode, triton_dsd, triton_sdd
 
     found = {f"triton_{op}": getattr({"dsd": triton_dsd, "dds": triton_dds, "sdd": triton_sdd}[op], op)}
     if op == "dsd" and operand.shape[0] <= triton_decode.MAX_TOKENS and operand.stride(1) == 1:

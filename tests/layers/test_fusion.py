@@ -16,7 +16,7 @@ from torch import nn
 from sparsify.bench.model import dense_twin
 from sparsify.checkpoint import writer
 from sparsify.checkpoint.quantizer import attach
-from sparsify.kernels import library
+from sparsify.kernels.linear import library
 from sparsify.layers.fusion import FusedMlp, fuse, unfuse
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.swap import convert

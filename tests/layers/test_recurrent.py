@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import sparsify
-from sparsify.kernels.recurrence import Weight, recurrence
+from sparsify.kernels.recurrent.recurrence import Weight, recurrence
 from sparsify.kernels.storage import unpack
 from sparsify.layers.recurrent import BlockSparseLSTM, BlockSparseRecurrent
 from sparsify.layers.swap import sparse_modules

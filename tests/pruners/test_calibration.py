@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from sparsify.blocks import BlockShape
-from sparsify.calibration import collect_statistics, needs_calibration
+from sparsify.calibration.statistics import collect_statistics, needs_calibration
 from sparsify.errors import PrunerError
 from sparsify.pruner import PrunableLayer, Pruner, create_pruner
 from sparsify.targets import select

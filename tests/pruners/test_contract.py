@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import PrunerError
 from sparsify.pruner import PrunableLayer, Pruner, available, create_pruner

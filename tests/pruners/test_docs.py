@@ -11,8 +11,8 @@ import transformers
 
 import sparsify
 from sparsify import BlockShape
-from sparsify.allocation import Budget
-from sparsify.calibration import collect_statistics
+from sparsify.allocation.budget import Budget
+from sparsify.calibration.statistics import collect_statistics
 from sparsify.masking import mask_gradients, mask_model, unmask
 from sparsify.pruner import available, create_pruner
 from sparsify.targets import select

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockShape
 from sparsify.errors import ConfigError, PrunerError
 from sparsify.masking import current_masks, removed_share
 from sparsify.pruner import PrunableLayer, Pruner, create_pruner
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from sparsify.targets import select
 from sparsify.training.pruning_loop import PruningLoop
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsify.allocation import Budget, allocate
+from sparsify.allocation.budget import Budget, allocate
 from sparsify.blocks import BlockShape, to_blocks
 from sparsify.errors import PrunerError
 from sparsify.pruner import PrunableLayer, create_pruner

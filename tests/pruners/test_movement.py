@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockMask, BlockShape, to_blocks
 from sparsify.errors import PrunerError
 from sparsify.masking import current_masks, mask_gradients, mask_model

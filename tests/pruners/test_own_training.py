@@ -21,7 +21,7 @@ from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers.kinds import matrices
 from sparsify.layers.swap import masks_of
 from sparsify.masking import current_masks
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 
 SETTINGS: dict[str, Any] = {"block": "16x8", "sparsity": 0.6, "start": 0.1, "until": 0.6}
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"

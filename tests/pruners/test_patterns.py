@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparsify import BlockSparseLinear
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockMask, BlockShape
 from sparsify.errors import BlockShapeError, PrunerError
 from sparsify.patterns import layers_to_mix, pattern_mask

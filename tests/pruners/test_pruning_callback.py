@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from sparsify.allocation import Budget
+from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockShape
 from sparsify.checkpoint.conversions import own_names
 from sparsify.errors import ConfigError

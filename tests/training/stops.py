@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sparsify.progress import Advance, Progress
+from sparsify.runtime.progress import Advance, Progress
 
 
 class Stop(Progress):

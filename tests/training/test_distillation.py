@@ -15,9 +15,9 @@ from sparsify import pipeline
 from sparsify.checkpoint import writer
 from sparsify.errors import CheckpointError, ConfigError, OutputError
 from sparsify.plan import make_plan
-from sparsify.progress import Progress
-from sparsify.recipe import Recipe
-from sparsify.recipe_training import Distill
+from sparsify.recipe.schema import Recipe
+from sparsify.recipe.training import Distill
+from sparsify.runtime.progress import Progress
 from sparsify.training import teacher_cache
 from sparsify.training.distillation import Distiller, Weights, divergence, embedding_distance, square_head
 from sparsify.training.samples import pair_loss

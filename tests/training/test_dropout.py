@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import default_collate
 from transformers import BartConfig, BartModel, BertConfig, BertModel
 
-from sparsify.recipe import FinetuneStage
+from sparsify.recipe.schema import FinetuneStage
 from sparsify.training.dropout import dropout_of
 from sparsify.training.finetune import train
 from sparsify.training.samples import Samples

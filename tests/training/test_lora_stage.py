@@ -13,8 +13,8 @@ from sparsify import pipeline
 from sparsify.errors import ConfigError
 from sparsify.layers.linear import BlockSparseLinear
 from sparsify.layers.swap import masks_of
-from sparsify.recipe import Recipe
-from sparsify.recipe_training import Lora
+from sparsify.recipe.schema import Recipe
+from sparsify.recipe.training import Lora
 from tests.cli import checkpoints
 from tests.cli.checkpoints import digests
 from tests.training.stops import Stop

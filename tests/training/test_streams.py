@@ -10,7 +10,7 @@ import pytest
 
 from sparsify import pipeline
 from sparsify.errors import ConfigError, DataError
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from tests.cli import checkpoints
 from tests.cli.checkpoints import digests
 from tests.training.stops import Stop

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from sparsify import pipeline
 from sparsify.api import evaluate
 from sparsify.cli.main import app
-from sparsify.data import DataSpec
+from sparsify.data.spec import DataSpec
 from sparsify.errors import ConfigError
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from tests.cli import checkpoints
 
 CASES = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparsify import pipeline
-from sparsify.recipe import Recipe
+from sparsify.recipe.schema import Recipe
 from tests.cli import checkpoints
 from tests.core.test_launched import FSDP2, SEARCH, TRAIN, launch, make_recipe
 

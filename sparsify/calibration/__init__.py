@@ -1,0 +1,1 @@
+"""Pruning with calibration data: statistics of inputs, a walk block by block, local reconstruction."""

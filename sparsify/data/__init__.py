@@ -1,0 +1,1 @@
+"""Data sets: what a recipe's `data` section names, as samples."""

@@ -1,0 +1,1 @@
+"""Quality against measured speed over block shapes and sparsities."""
