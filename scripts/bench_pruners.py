@@ -41,7 +41,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import peers
 import sparsify
 from bench_quality import find_encoder
-from bench_rows import missing, open_report, store
+from bench_rows import add_sources, missing, open_report, store
 from pruners_page import as_markdown
 from reference_lm import held_out_blocks, read_books, read_text
 from sparsify import quality
@@ -290,15 +290,9 @@ def run(options: argparse.Namespace, file: Path) -> dict[str, Any]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare all pruners on two models.")
-    parser.add_argument("--stsb", type=Path, required=True, help="pairs to measure on (sts-dev.csv)")
+    add_sources(parser)
     parser.add_argument("--sst2", type=Path, required=True, help="SST-2 train.tsv, to calibrate with")
-    parser.add_argument("--wikitext", type=Path, required=True, help="WikiText-2 valid text")
-    parser.add_argument("--books", type=Path, required=True, help="folder of books-train* and books-valid*")
-    parser.add_argument("--lm", type=Path, required=True, help="what scripts/reference_lm.py wrote")
-    parser.add_argument("--encoder", type=Path, help="encoder (default: from its installed package)")
-    parser.add_argument("--max-books", type=int, default=60, help="books read of each archive (default 60)")
     parser.add_argument("--only", default="", help="regular expression on MODEL BLOCK SPARSITY METHOD SEED")
-    parser.add_argument("--workers", type=int, default=1, help="cases run side by side (default 1)")
     parser.add_argument("--out", type=Path, required=True, help="folder for pruners.json and pruners.md")
     return parser.parse_args(arguments)
 

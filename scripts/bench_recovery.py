@@ -40,7 +40,7 @@ import torch
 import sparsify
 from bench_pruners import split_sentences
 from bench_quality import find_encoder
-from bench_rows import missing, open_report, store
+from bench_rows import add_sources, missing, open_report, store
 from recovery_page import as_markdown, draw
 from reference_lm import read_books, read_text
 from sparsify.cli.console import quiet_transformers
@@ -454,15 +454,9 @@ def run(options: argparse.Namespace, file: Path) -> dict[str, Any]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure what the recipes give back.")
-    parser.add_argument("--stsb", type=Path, required=True, help="scored pairs to measure on (sts-dev.csv)")
+    add_sources(parser)
     parser.add_argument("--sst2", type=Path, required=True, help="folder of SST-2's train.tsv.xz and dev.tsv")
-    parser.add_argument("--wikitext", type=Path, required=True, help="WikiText-2 valid text")
-    parser.add_argument("--books", type=Path, required=True, help="folder of books-train* and books-valid*")
-    parser.add_argument("--lm", type=Path, required=True, help="what scripts/reference_lm.py wrote")
-    parser.add_argument("--encoder", type=Path, help="encoder (default: from its installed package)")
-    parser.add_argument("--max-books", type=int, default=60, help="books read of each archive (default 60)")
     parser.add_argument("--only", default="", help="regular expression on TASK BLOCK SPARSITY CHANGE SEED")
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side (default 1)")
     parser.add_argument("--scale", type=float, default=1.0, help="times as many steps, for a quick look")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe")
     parser.add_argument(

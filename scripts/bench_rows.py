@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterable
@@ -13,6 +14,17 @@ from reference_lm import sha256
 from sparsify import measure
 
 Case = TypeVar("Case")
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """The options of those that measure the sentence encoder and the reference language model."""
+    parser.add_argument("--stsb", type=Path, required=True, help="scored pairs to measure on (sts-dev.csv)")
+    parser.add_argument("--wikitext", type=Path, required=True, help="WikiText-2 valid text")
+    parser.add_argument("--books", type=Path, required=True, help="folder of books-train* and books-valid*")
+    parser.add_argument("--lm", type=Path, required=True, help="what scripts/reference_lm.py wrote")
+    parser.add_argument("--encoder", type=Path, help="encoder (default: from its installed package)")
+    parser.add_argument("--max-books", type=int, default=60, help="books read of each archive (default 60)")
+    parser.add_argument("--workers", type=int, default=1, help="cases measured side by side (default 1)")
 
 
 def open_report(file: Path, lm: Path, workers: int) -> dict[str, Any]:
