@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparsify import sensitivity_file
 from sparsify.allocation import scopes
 from sparsify.allocation.budget import Budget
-from sparsify.errors import ConfigError
+from sparsify.errors import ConfigError, PrunerError
 from sparsify.pruner import Pruner, create_pruner
 from sparsify.recipe.schema import Pruning
 from sparsify.targets import Selection, select
@@ -59,7 +59,7 @@ def prepare(
         walks: Whether statistics are still to be collected, in walks through the model.
 
     Raises:
-        PrunerError: If the pruner or an option is unknown.
+        PrunerError: If the pruner or an option is unknown, or a weight is not in memory.
         TargetError: If a pattern matches nothing, or nothing can be pruned.
         ConfigError: If the pruner or the scope needs statistics and there are none, or sensitivities of other layers.
     """
@@ -69,6 +69,11 @@ def prepare(
         sensitivity_file.curves_for(settings.sensitivity, selection.layers)
     statistics = statistics or {}
     for layer in selection.layers:
+        if layer.parameter.device.type == "meta":
+            raise PrunerError(
+                f"the weight of {layer.name} is on the meta device, not loaded yet or offloaded: load the model into "
+                f"memory first"
+            )
         layer.statistics.update(statistics.get(layer.name, {}))
         missing = pruner.requires - layer.statistics.keys()
         if missing and not walks:

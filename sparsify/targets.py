@@ -126,7 +126,7 @@ class _Request:
             return UNNAMED
         if any(pattern.matches(layer) for pattern in self.unwanted):
             return "ignored"
-        owners = self.shared.get(id(layer.parameter))
+        owners = self.shared.get(_address(layer.parameter))
         if owners is not None:
             other = next((name for name in owners if name != layer.module_name), layer.module_name)
             if any(pattern.text == layer.name for pattern in self.wanted or ()):
@@ -247,11 +247,18 @@ class _Pattern:
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold a parameter, for each parameter (by `id`) that has more than one."""
+    """Names of the modules that hold a parameter, for each parameter (by its address) that has more than one."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+        owners.setdefault(_address(parameter), []).append(name.rpartition(".")[0])
     return {key: names for key, names in owners.items() if len(names) > 1}
+
+
+def _address(parameter: nn.Parameter) -> int:
+    """Where a parameter begins in memory, for two may share it; of one that is in no memory, which object it is."""
+    if isinstance(parameter, nn.UninitializedParameter) or parameter.device.type == "meta":
+        return id(parameter)
+    return parameter.data_ptr() or id(parameter)
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsify.kernels.dispatch import choose_grouped
 from sparsify.kernels.grouped import reference as grouped_reference
 from sparsify.kernels.grouped.reference import Groups, experts_of
-from sparsify.kernels.linear.library import cast, plain
+from sparsify.kernels.linear.library import autocasting, plain
 from sparsify.kernels.linear.reference import activate_
 from sparsify.kernels.storage import Topology
 
@@ -297,18 +297,6 @@ def _no_backward(ctx: Any, *grads: Tensor) -> Any:
     )
 
 
-def _autocast(name: str, device_type: str) -> Any:
-    """Casts the operands of the product to autocast's dtype, as `F.linear` does; what scales the result stays."""
-
-    def run(*args: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        operands = [cast(a, dtype) if isinstance(a, Tensor) else a for a in args[:3]]
-        with torch.autocast(device_type, enabled=False):
-            return getattr(torch.ops.sparsify, name)(*operands, *args[3:])
-
-    return run
-
-
 _lib.impl("group", lambda experts, count: tuple(group(experts, count)), "CompositeExplicitAutograd")
 torch.library.register_fake("sparsify::group", _fake_group, lib=_lib)
 
@@ -322,4 +310,5 @@ for _name, _forward, _fake, _setup, _backward in (
     torch.library.register_fake(f"sparsify::{_name}", _fake, lib=_lib)
     torch.library.register_autograd(f"sparsify::{_name}", _backward, setup_context=_setup, lib=_lib)
     for _key, _device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        _lib.impl(_name, _autocast(_name, _device), _key)
+        # The two factors and the bias; what scales the result stays.
+        _lib.impl(_name, autocasting(_name, _device, 3), _key)

@@ -238,14 +238,16 @@ def _no_backward(ctx: Any, *grads: Tensor) -> Any:
     )
 
 
-def autocasting(name: str, device_type: str) -> Any:
-    """Casts the floating operands to autocast's dtype, as `F.linear` does."""
+def autocasting(name: str, device_type: str, operands: int | None = None) -> Any:
+    """Casts the first `operands` arguments (all by default), where they are tensors, to autocast's dtype, as `F.linear`
+    does.
+    """
 
     def run(*args: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
-        cast_args = [cast(a, dtype) if isinstance(a, Tensor) else a for a in args]
+        cast_args = [cast(a, dtype) if isinstance(a, Tensor) else a for a in args[:operands]]
         with torch.autocast(device_type, enabled=False):
-            return getattr(torch.ops.sparsify, name)(*cast_args)
+            return getattr(torch.ops.sparsify, name)(*cast_args, *args[len(cast_args) :])
 
     return run
 

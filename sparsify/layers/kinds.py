@@ -31,6 +31,8 @@ from sparsify.layers.recurrent import CLASSES, SPARSE_CLASSES, BlockSparseRecurr
 from sparsify.pruner import PrunableLayer
 
 COMPUTED = "its weight is computed anew in each call, by a parametrization or hook: remove that first"
+QUANTIZED = "it is quantized: prune the model first, then quantize it"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -88,8 +90,15 @@ def _why_not_embedding(module: nn.Embedding) -> str | None:
 
 def why_unsupported(module: nn.Module) -> str | None:
     """Why a module that holds a dense weight matrix cannot be swapped; `None` if it can, or holds none."""
+    why = _why_not_class(module)
+    return _why_not_values(module) if why is None and _kind(module) is not None else why
+
+
+def _why_not_class(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "a torch.jit module is a compiled program: prune the Python module that it was made from"
+    if type(module).__module__.startswith("torch.ao.nn.") and hasattr(module, "from_float"):
+        return QUANTIZED if hasattr(module, "_weight_bias") else None
     if isinstance(module, nn.Linear):
         if type(module).forward is not nn.Linear.forward:
             return f"{type(module).__name__} computes something other than nn.Linear"
@@ -110,9 +119,28 @@ def why_unsupported(module: nn.Module) -> str | None:
     return None
 
 
+def _why_not_values(module: nn.Module) -> str | None:
+    """What is wrong with the values of a module of a known kind."""
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if parameter.dtype not in DTYPES:
+            held = str(parameter.dtype).removeprefix("torch.")
+            return f"its {name} is {held}: expected float16, bfloat16, float32 or float64"
+        values = type(parameter.data)
+        if values is not Tensor and not values.__module__.startswith("torch.distributed."):
+            return f"its {name} is a {values.__name__}, no plain tensor; if that is quantized, prune the model first"
+    return None
+
+
 def dense_kind(module: nn.Module) -> str | None:
     """The kind of a dense module that can be swapped, one of those above, else `None`."""
-    if isinstance(module, PackedModule) or why_unsupported(module) is not None:
+    return None if why_unsupported(module) is not None else _kind(module)
+
+
+def _kind(module: nn.Module) -> str | None:
+    """The kind of a module by its class alone."""
+    if isinstance(module, PackedModule):
         return None
     if isinstance(module, nn.Linear):
         return "linear"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.quantized import dynamic
 from torch.nn.utils import parametrizations
 
 import sparsify
@@ -136,3 +138,80 @@ def test_calibration_batch_of_the_wrong_kind(batch) -> None:
     with pytest.raises(PrunerError, match="there is no calibration data"):
         sparsify.prune(model, method="wanda", block=8, calibration=[])
     assert unchanged(model, before)
+
+
+def of_dtype(dtype: torch.dtype) -> nn.Module:
+    layer = nn.Linear(16, 16)
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    return layer
+
+
+class Boxed(Tensor):
+    """What quantizing libraries put in a weight's place: a tensor of another class, of the dtype that it stands for."""
+
+
+def boxed() -> nn.Module:
+    layer = nn.Linear(16, 16)
+    layer.weight = nn.Parameter(torch.randn(16, 16).as_subclass(Boxed))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: of_dtype(torch.int8), "its weight is int8: expected float16"),
+        (lambda: of_dtype(torch.float8_e4m3fn), "its weight is float8_e4m3fn"),
+        (lambda: nn.Linear(16, 16, dtype=torch.complex64), "its weight is complex64"),
+        (lambda: nn.Conv2d(16, 16, 3, dtype=torch.complex64), "its weight is complex64"),
+        (lambda: nn.LSTM(16, 16, dtype=torch.complex64), "its weight_ih_l0 is complex64"),
+        (boxed, "its weight is a Boxed, no plain tensor"),
+        (lambda: dynamic.Linear(16, 16), "prune the model first, then quantize it"),
+        (lambda: nn.Conv3d(16, 16, 3), "convolutions of one and two dimensions"),
+        (lambda: nn.LazyConv2d(16, 3), "not known before the model has run once"),
+    ],
+    ids=[
+        "int8",
+        "float8",
+        "complex",
+        "complex convolution",
+        "complex LSTM",
+        "subclass",
+        "quantized",
+        "3d",
+        "lazy",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_values_that_no_product_takes(make, reason: str) -> None:
+    told = reasons(nn.Sequential(nn.Linear(16, 16), make()))
+    assert list(told) == ["1"] and reason in told["1"]
+    with pytest.raises(TargetError, match=re.escape(reason)):
+        sparsify.prune(nn.Sequential(make()), block=8)
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, nn.GRU])
+def test_weights_that_are_not_in_memory(cls) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), cls(16, 16, device="meta"))
+    before = state(model[:1])
+    with pytest.raises(
+        PrunerError, match=r"the weight of 1\S* is on the meta device.*load the model into memory"
+    ):
+        sparsify.prune(model, block=8)
+    assert unchanged(model[:1], before)
+
+
+def test_parameters_that_share_their_memory() -> None:
+    first, second = nn.Linear(16, 16), nn.Linear(16, 16)
+    model = nn.Sequential(first, second, nn.Linear(16, 16))
+    second.weight = nn.Parameter(first.weight.detach())
+    assert reasons(model) == {"0": "shares its weight with 1", "1": "shares its weight with 0"}
+    parts = torch.randn(32, 16)  # the halves of one tensor are two weights
+    first.weight, second.weight = nn.Parameter(parts[:16]), nn.Parameter(parts[16:])
+    assert not reasons(model)
+
+
+def test_too_few_channels_in_a_group() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=4), nn.Linear(16, 16))
+    assert reasons(model) == {"0": "smaller than one block of 8x8"}
+    with pytest.raises(TargetError, match=r"0 stays dense \(smaller than one block of 8x8\)"):
+        sparsify.prune(model, block=8, targets=["0"])
