@@ -40,41 +40,47 @@ T = TypeVar("T")
 _cache: dict[Hashable, tuple[list[StorageWeakRef], Any]] = {}
 
 
+def token(topo: Topology) -> Tensor:
+    """The tensor that stands for a topology in caches: it is derived anew whenever the indices change.
+
+    How often a tensor was written to would not tell: DistributedDataParallel copies the first process's buffers over
+    everybody's before each step, and torch 2.11 counts that as a change.
+    """
+    return topo.t_block
+
+
 def cached(topos: Topology | Sequence[Topology], key: Hashable, build: Callable[[], T]) -> T:
-    """What `build` returns for these index tensors, made at most once while they live and do not change."""
-    cols = [topos.col] if isinstance(topos, Topology) else [topo.col for topo in topos]
-    storages = [col.untyped_storage() for col in cols]
+    """What `build` returns for these index tensors, made at most once while they live."""
+    tokens = [token(topo) for topo in ([topos] if isinstance(topos, Topology) else topos)]
+    storages = [own.untyped_storage() for own in tokens]
     identity = (
-        *(
-            (s._cdata, col.storage_offset(), col.numel(), col._version)
-            for s, col in zip(storages, cols, strict=True)
-        ),
+        *((s._cdata, own.storage_offset(), own.numel()) for s, own in zip(storages, tokens, strict=True)),
         key,
     )
     hit = _cache.get(identity)
     if hit is None or any(ref.expired() for ref in hit[0]):
         for stale in [k for k, (refs, _) in _cache.items() if any(ref.expired() for ref in refs)]:
             del _cache[stale]
-        made = lasting(cols[0].device, build)
+        made = lasting(tokens[0].device, build)
         hit = _cache[identity] = ([StorageWeakRef(storage) for storage in storages], made)
     return hit[1]
 
 
 MOST_PLANS = 256
-_plans: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, Any]]] = {}
+_plans: dict[int, tuple[weakref.ref[Tensor], dict[Hashable, Any]]] = {}
 
 
 def plans(topo: Topology) -> dict[Hashable, Any]:
-    """Whatever callers want to keep with these very index tensors while they live and do not change."""
-    col = topo.col
-    held = _plans.get(id(col))
-    if held is None or held[0]() is not col or held[1] != col._version:
-        for stale in [key for key, (ref, _, _) in _plans.items() if ref() is None]:
+    """Whatever callers want to keep with these very index tensors while they live."""
+    own = token(topo)
+    held = _plans.get(id(own))
+    if held is None or held[0]() is not own:
+        for stale in [key for key, (ref, _) in _plans.items() if ref() is None]:
             del _plans[stale]
-        held = _plans[id(col)] = weakref.ref(col), col._version, {}
-    if len(held[2]) > MOST_PLANS:  # one for each number of tokens that came along
-        held[2].clear()
-    return held[2]
+        held = _plans[id(own)] = weakref.ref(own), {}
+    if len(held[1]) > MOST_PLANS:  # one for each number of tokens that came along
+        held[1].clear()
+    return held[1]
 
 
 _versions: dict[int, tuple[StorageWeakRef, int]] = {}

@@ -43,7 +43,7 @@ from sparsify.kernels.hopper_common import (
 from sparsify.kernels.lasting import counters
 from sparsify.kernels.launch import Relaunch
 from sparsify.kernels.linear.work_decode import decode_work
-from sparsify.kernels.schedule import plans, unchanged
+from sparsify.kernels.schedule import plans, token, unchanged
 from sparsify.kernels.storage import Topology
 from sparsify.kernels.triton_common import cdiv, next_power_of_2
 
@@ -289,7 +289,7 @@ def _run(x: Tensor, weights: Sequence[Weight], width: int, activation: str) -> T
     frozen = [unchanged(values) for values, _, _ in weights]  # of each: it takes note of them
     early = all(frozen) and not torch.is_grad_enabled()
     operands = [
-        (id(topo.col), values.shape, bias if bias is None else bias.data_ptr() % 16)
+        (id(token(topo)), values.shape, bias if bias is None else bias.data_ptr() % 16)
         for values, bias, topo in weights
     ]
     key = ("decode", x.shape[0], x.stride(0), x.dtype, width, activation, *operands)
@@ -297,9 +297,9 @@ def _run(x: Tensor, weights: Sequence[Weight], width: int, activation: str) -> T
     kept = plans(first)
     # A pair's plan is kept with the first weight's indices; the second's may have gone, and its number used again.
     plan, second = kept.get(key, (None, None))
-    if plan is None or second() is not last.col:
+    if plan is None or second() is not token(last):
         plan = _Plan(x, weights, width, activation)
-        kept[key] = plan, weakref.ref(last.col)
+        kept[key] = plan, weakref.ref(token(last))
     return plan(x, weights, early)
 
 

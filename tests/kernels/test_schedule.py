@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsify import BlockMask, BlockShape
+from sparsify import BlockMask, BlockShape, BlockSparseLinear
 from sparsify.kernels import schedule
 from sparsify.kernels.linear import work_decode, work_narrow, work_square
 from sparsify.kernels.storage import Topology, pack, topology, unpack
@@ -149,12 +149,26 @@ def test_decode_work(block, weights, most_parts):
         torch.testing.assert_close(own, x @ unpack(values, topo.crow, topo.col, shape).T)
 
 
-def test_lists_are_made_once_and_anew_for_other_indices():
+def test_lists_and_plans_last_as_long_as_the_indices():
     _, topo = make((256, 256), (64, 64))
-    work = work_square.steps(topo, (64, 64), False)
+    work, plans = work_square.steps(topo, (64, 64), False), schedule.plans(topo)
+    for index in topo:  # as DistributedDataParallel does before each step
+        index.copy_(index.clone())
     assert work_square.steps(topo, (64, 64), False) is work
-    topo.col.add_(0)
+    assert schedule.plans(topo) is plans
+
+
+def test_loaded_indices_have_lists_of_their_own():
+    keep = torch.rand(4, 4) < 0.5
+    masks = [BlockMask(kept, (256, 256), BlockShape(64, 64)) for kept in (keep, keep.flip(0))]
+    layer, other = (BlockSparseLinear(256, 256, (64, 64), mask=mask) for mask in masks)
+    before = layer.topology("weight")
+    work, plans = work_square.steps(before, (64, 64), False), schedule.plans(before)
+    layer.load_state_dict(other.state_dict())
+    topo = layer.topology("weight")
+    assert topo.col is before.col  # written in place
     assert work_square.steps(topo, (64, 64), False) is not work
+    assert schedule.plans(topo) is not plans
 
 
 def test_weights_are_unchanged_until_somebody_writes_to_them():
