@@ -148,7 +148,7 @@ def test_wheel_lives_beside_hugging_face_kernels(wheel: Path, tmp_path: Path) ->
     inside = (
         "kernels/__init__.py",
         "sparsify/__init__.py",
-        "sparsify/kernels/ops.py",
+        "sparsify/kernels/linear/ops.py",
         "sparsify/pruners/magnitude.py",
     )
     assert files == [str(site / file) for file in inside]
