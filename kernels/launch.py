@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.runtime.errors import OutOfResources
 
 from sparsify.kernels.triton_common import INTERPRET
 
@@ -43,7 +44,7 @@ def launch(
         arguments: Run-time arguments: tensors, integers, TMA descriptors or `None`.
         constants: Compile-time arguments, hashable.
         device: GPU that holds the tensors; need not be the current one.
-        **options: `num_warps` and `num_stages`.
+        **options: `num_warps`, `num_stages` (fewer where they do not fit shared memory) and others of Triton's.
     """
     if INTERPRET:
         return kernel[grid](*arguments, *constants, **options)
@@ -53,10 +54,24 @@ def launch(
     key = (kernel, device.index, constants, *options.values(), *[_trait(argument) for argument in arguments])
     compiled = _compiled.get(key)
     if compiled is None:
-        compiled = _compiled[key] = kernel[grid](*arguments, *constants, **options)
+        compiled = _compiled[key] = _first(kernel[grid], (*arguments, *constants), options)
     else:
         compiled[grid](*arguments, *constants)
     return compiled
+
+
+def _first(run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, int]) -> Any:
+    """Compiles and runs a kernel with as many pipeline stages, up to those asked for, as shared memory holds.
+
+    How much a stage takes is the compiler's affair, and GPUs have from 99 to 227 KB a multiprocessor.
+    """
+    while True:
+        try:
+            return run(*arguments, **options)
+        except OutOfResources as error:
+            if error.name != "shared memory" or options.get("num_stages", 1) <= 1:
+                raise
+            options = options | {"num_stages": options["num_stages"] - 1}
 
 
 # Descriptors of one operand that are kept: an allocator hands out few addresses.
