@@ -400,6 +400,9 @@ def evaluate(
     latency_tokens: Sequence[int] = (1, 256),
     latency_batches: Sequence[int] = (1,),
     batch: int = 8,
+    benchmarks: Sequence[str] = (),
+    shots: int | None = None,
+    limit: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -415,6 +418,9 @@ def evaluate(
         latency_tokens: Token counts of each sequence in a forward pass.
         latency_batches: How many such sequences a forward pass takes; each size is measured.
         batch: Samples in one forward pass of the quality measurement.
+        benchmarks: Tasks of lm-eval by name, or task files of your own (`pip install 'block-sparsify[eval]'`).
+        shots: Worked examples before each question of a benchmark; its own number by default.
+        limit: Questions of each benchmark, the first ones; all by default.
         trust_remote_code: Run the Python code that a checkpoint brings with it.
         progress: Told about every batch.
 
@@ -425,8 +431,10 @@ def evaluate(
     Raises:
         CheckpointError: If a checkpoint cannot be loaded, or holds NaN or infinite weights.
         DataError: If the data cannot be read.
-        ConfigError: If the model is of no task that can be scored, or a number is out of range.
+        ConfigError: If the model is of no task that can be scored, or a number is out of range; if a benchmark is
+            unknown, or lm-eval is not installed.
     """
+    from sparsify import benchmarks as public
     from sparsify.checkpoint import reader
     from sparsify.data import spec as data_files
     from sparsify.layers.swap import sparse_modules
@@ -442,6 +450,7 @@ def evaluate(
             raise ConfigError(f"{what} {count} is out of range: it must be at least 1")
     if data is not None:
         data_files.check(data)
+    public.check(benchmarks, task)
     place = resolve_device(device)
     models: dict[str, Any] = {}
     paths: dict[str, str] = {}
@@ -454,6 +463,7 @@ def evaluate(
         label = kind if kind not in models else f"{kind}: {Path(source).name}"
         models[label], paths[label] = model, str(source)
     meant = resolve_task(task, str(path), type(next(iter(models.values()))).__name__)
+    public.check(benchmarks, meant)
     processor = reader.load_processor(path, trust_remote_code)
     columns, notes = evaluate_models(
         models,
@@ -463,6 +473,7 @@ def evaluate(
         latency_tokens=latency_tokens,
         latency_batches=latency_batches,
         batch=batch,
+        questions=public.Questions(benchmarks, shots, limit),
         progress=progress,
     )
     return {"task": meant, "columns": columns, "paths": paths, "notes": notes, "environment": environment()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import sensitivity_file
+from sparsify import benchmarks, sensitivity_file
 from sparsify.allocation import scopes
 from sparsify.checkpoint import reader, writer
 from sparsify.data import spec as data
@@ -129,6 +129,9 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
     _needs_task(recipe, plan)
     _check_teachers(recipe, plan.task)
     _check_adapters(recipe)
+    for stage in recipe.stages:
+        if isinstance(stage, EvaluateStage):
+            benchmarks.check(stage.benchmarks, plan.task)
     removed = _plan_layers(recipe, model, plan, device)
     plan.bytes_out = plan.bytes_dense - removed if out is not None else 0
     if any(isinstance(stage, FinetuneStage) for stage in recipe.stages):

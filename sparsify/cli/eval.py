@@ -40,6 +40,19 @@ def evaluate(
             "--latency-batch", help="Sequences in a forward pass whose latency is measured; may be repeated."
         ),
     ] = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--benchmark", help="Task of lm-eval, or a task file of your own (.yaml); may be repeated."
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", min=0, help="Worked examples before each question of a benchmark."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Questions of each benchmark.  [default: all]")
+    ] = None,
     json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -66,6 +79,9 @@ def evaluate(
         latency_tokens=[count for count in tokens or [1, 256] if count],
         latency_batches=sequences or [1],
         batch=batch,
+        benchmarks=benchmark or [],
+        shots=shots,
+        limit=limit,
         trust_remote_code=trust_remote_code,
         progress=console.RichProgress(),
     )

@@ -320,6 +320,9 @@ class EvaluateStage(Strict):
         latency_tokens: Token counts of each sequence whose latency is measured; empty for none.
         latency_batches: How many such sequences one forward pass takes; each size is measured.
         batch: Samples in one forward pass of the quality measurement.
+        benchmarks: Tasks of lm-eval by name, or task files of your own; see `sparsify.benchmarks`.
+        shots: Worked examples before each question of a benchmark; its own number when left out.
+        limit: Questions of each benchmark, the first ones; all when left out.
     """
 
     stage: Literal["evaluate"]
@@ -327,6 +330,9 @@ class EvaluateStage(Strict):
     latency_tokens: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 256])
     latency_batches: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1])
     batch: int = Field(default=8, ge=1)
+    benchmarks: list[str] = Field(default_factory=list)
+    shots: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, ge=1)
 
 
 class ReportStage(Strict):

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from sparsify import measure, quality
+from sparsify import benchmarks, measure, quality
+from sparsify.benchmarks import Questions
 from sparsify.checkpoint.reader import TASKS
 from sparsify.checkpoint.writer import weight_bytes
 from sparsify.data.spec import (
@@ -53,6 +54,7 @@ def run(stage: EvaluateStage, state: State) -> None:
         latency_tokens=stage.latency_tokens,
         latency_batches=stage.latency_batches,
         batch=stage.batch,
+        questions=Questions(stage.benchmarks, stage.shots, stage.limit),
         seed=state.recipe.seed,
         progress=state.progress,
     )
@@ -70,6 +72,7 @@ def evaluate_models(
     latency_tokens: Sequence[int] = (1, 256),
     latency_batches: Sequence[int] = (1,),
     batch: int = 8,
+    questions: Questions | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -84,11 +87,13 @@ def evaluate_models(
             with one picture or a second of sound instead, and the count is that of its own tokens; none for none.
         latency_batches: How many such sequences a forward pass takes; each size is measured.
         batch: Samples in one forward pass of the quality measurement.
+        questions: Public benchmarks to run, if any.
         seed: Chooses hidden tokens and the random tokens of the latency measurement.
         progress: Told about every batch.
 
     Returns:
-        For each label `quality` (see `sparsify.quality`; only with data), `parameters`, `bytes` (of the weights on
+        For each label `quality` (see `sparsify.quality`; only with data), `benchmarks` (only if asked for; see
+        `sparsify.benchmarks`), `parameters`, `bytes` (of the weights on
         disk), `peak_memory` (bytes, a forward pass of one sequence of the largest token count), `latency` (seconds of
         one sequence by token count) and `latency_batches` (the same of several sequences, by their number); and in
         words what could not be measured, and where a block-sparse model is slower than a dense one.
@@ -104,6 +109,11 @@ def evaluate_models(
         if spec is not None:
             of = judge(model, processor, spec, task, batch, seed, progress)
             columns[label]["quality"] = of(model, label)
+        if questions is not None and questions.names:
+            with progress.task(f"running benchmarks on {label}"):
+                columns[label]["benchmarks"] = benchmarks.run(
+                    model, processor, questions, batch=batch, seed=seed
+                )
     first = next(iter(models.values()))
     if task in MEDIA_TASKS and latency_tokens:
         made, skipped = _media_inputs(first, processor, task, seed)

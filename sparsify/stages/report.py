@@ -15,6 +15,8 @@ from sparsify.stages.state import State
 from sparsify.targets import KeptDense
 
 # Names of quality measures in the table; `loss`, `tokens` and `samples` stay in the file alone.
+# Starts the key of a benchmark of lm-eval.
+BENCHMARK = "benchmark "
 QUALITIES = {"perplexity": "perplexity", "accuracy": "accuracy (%)", "spearman": "Spearman x 100"}
 
 
@@ -95,7 +97,7 @@ class Measure:
     """One measure of all columns.
 
     Attributes:
-        key: `perplexity`, `bytes`, `latency 256`, `latency 8 x 256`, ...
+        key: `perplexity`, `benchmark arc_easy acc`, `bytes`, `latency 256`, `latency 8 x 256`, ...
         title: Its name for people.
         values: One number a column, in the report's units; `None` where it was not measured.
         texts: The same, written with its unit.
@@ -119,6 +121,12 @@ def measures(columns: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
     all_columns = list(columns.values())
     for key, title in QUALITIES.items():
         add(key, title, [column.get("quality", {}).get(key) for column in all_columns], "{:.2f}".format)
+    asked = dict.fromkeys(name for column in all_columns for name in column.get("benchmarks", {}))
+    for name in asked:
+        scores = [column.get("benchmarks", {}).get(name) for column in all_columns]
+        texts = [None if score is None else _score(*score) for score in scores]
+        values = [None if score is None else score[0] for score in scores]
+        found.append(Measure(f"{BENCHMARK}{name}", name, values, texts))
     add("parameters", "parameters", [column.get("parameters") for column in all_columns], "{:,}".format)
     add("bytes", "bytes on disk", [column.get("bytes") for column in all_columns], "{:,}".format)
     peaks = [column.get("peak_memory") for column in all_columns]
@@ -133,6 +141,11 @@ def measures(columns: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
             values = [times.get(size, {}).get(str(count)) for times in timed]
             add(f"latency {many}{count}", title, values, lambda value: f"{value * 1e3:.2f} ms")
     return found
+
+
+def _score(value: float, error: float | None) -> str:
+    """A benchmark's score with its standard error."""
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def table(columns: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from sparsify.blocks import BlockMask
-from sparsify.stages.report import Measure, measures
+from sparsify.stages.report import BENCHMARK, Measure, measures
 from sparsify.stages.report_pictures import line_chart, mask_picture
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -71,6 +71,8 @@ def change(measure: Measure) -> str:
         return ""
     if measure.key in POINTS:
         return f"{last - first:+.2f}"
+    if measure.key.startswith(BENCHMARK):
+        return f"{last - first:+.4f}"
     return f"{last / first - 1:+.1%}" if first else ""
 
 
