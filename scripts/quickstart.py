@@ -202,7 +202,8 @@ def run(out: Path, device: str, settings: list[str]) -> int:
     report = {"environment": environment, "text": corpus.fingerprint, "columns": columns}
     (out / "quickstart.json").write_text(json.dumps(report, indent=2) + "\n")
     show(columns)
-    print(f"{environment['cpu']}, {environment['threads']} threads, float32; bytes on disk: bfloat16.")
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] > 1)}"
+    print(f"{environment['cpu']}, {threads}, float32; bytes on disk: bfloat16.")
     print("pruned: the recipe without its training; recovered: what the whole recipe makes of it.")
     print(
         f"\ndense model      {DENSE}\ncompressed model {out / 'recovered'}\nnumbers          {out / 'quickstart.json'}"

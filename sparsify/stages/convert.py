@@ -25,7 +25,8 @@ def run(stage: ConvertStage, state: State) -> None:
 def choose(state: State, dense_where_slower: str) -> None:
     """Decides which masked layers stay dense because they would run slower block-sparse, and says so.
 
-    Linear layers are predicted from what was measured of this machine before; convolutions are timed now, on a GPU.
+    A layer that keeps all its blocks would on any machine. Linear layers are predicted from what was measured of this
+    machine before; convolutions are timed now, on a GPU.
 
     Args:
         state: The state of the run; its `slower` is brought up to date.
@@ -35,6 +36,11 @@ def choose(state: State, dense_where_slower: str) -> None:
         state.slower = {}
         return
     modules = dict(state.model.named_modules())
+    state.slower |= {
+        name: "keeps all its blocks"
+        for name, mask in state.dense_masks.items()
+        if name in modules and name not in state.slower and mask.keep.all()
+    }
     # A weight of which nothing is left costs nothing.
     layers = {
         name: mask
@@ -69,13 +75,13 @@ def choose(state: State, dense_where_slower: str) -> None:
         which = "the" if unknown == count else f"{unknown} of the"
         verb = "bench" if unknown == len(convolutions) else "tune"
         state.note(
-            f"dense_where_slower: nothing like {which} {count} pruned weights was measured on {machine}, so these are "
-            f"packed without knowing whether they run faster; `sparsify {verb}` measures them"
+            f"nothing like {which} {count} pruned weights was measured on this machine ({machine}), so these are packed "
+            f"without knowing whether they run faster; `sparsify {verb}` measures them"
         )
     if slower:
         state.note(
-            f"dense_where_slower: {len(slower)} of {count} pruned weights stay dense, with zeros, because they "
-            f"would run slower block-sparse on {machine}; `never` packs them all the same"
+            f"{len(slower)} of {count} pruned weights stay dense, with zeros, because they would run slower block-sparse "
+            f"on this machine ({machine}); `dense_where_slower: never` packs them"
         )
 
 
