@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,8 +71,19 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def duration(seconds: float) -> str:
+    """A time in words: `40 s`, `12 min`."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# Seconds between two lines of one task where there is no terminal: in the log file of a long run.
+QUIET = 30.0
+
+
 class RichProgress(Progress):
-    """Stages and notes as lines, tasks as bars, all on stderr."""
+    """Stages and notes as lines, tasks as bars (without a terminal as a line now and then), all on stderr."""
 
     def __init__(self) -> None:
         self._console = err()
@@ -86,10 +98,9 @@ class RichProgress(Progress):
 
     @contextmanager
     def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
-        """Shows a bar, or a spinner while the total is unknown, until the task ends; only on a terminal."""
+        """Shows a bar, or a spinner while the total is unknown, until the task ends."""
         if not self._console.is_terminal:
-            with super().task(label, total) as advance:
-                yield advance
+            yield self._lines(label, total)
             return
         columns = (
             SpinnerColumn(),
@@ -112,6 +123,30 @@ class RichProgress(Progress):
                 bars.advance(bar, count)
 
             yield advance
+
+    def _lines(self, label: str, total: float | None) -> Advance:
+        """Writes a line of how far the task is, once `QUIET` seconds have passed since the last one."""
+        start = last = time.monotonic()
+        done, whole, latest = 0.0, total, ""
+
+        def advance(count: float = 1, *, total: float | None = None, text: str = "") -> None:
+            nonlocal last, done, whole, latest
+            done += count
+            latest = text or latest
+            whole = whole if total is None else total
+            now = time.monotonic()
+            if now - last < QUIET:
+                return
+            last = now
+            parts = [
+                f"{done:g}" if whole is None else f"{done:g} of {whole:g}",
+                f"after {duration(now - start)}",
+            ]
+            if whole is not None and done:
+                parts.append(f"about {duration((now - start) * (whole - done) / done)} left")
+            self._console.print(escape(f"{label}: {', '.join(parts)}{'; ' * bool(latest)}{latest}"))
+
+        return advance
 
 
 def quiet_transformers() -> None:

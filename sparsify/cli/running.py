@@ -73,7 +73,7 @@ def _print_plan(plan: Plan, costs: Sequence[Estimate]) -> None:
     disk = plan.bytes_out + plan.bytes_work
     more = "" if len(known) == len(costs) else " and what depends on the length of the data"
     needs = f"memory {console.size(largest.memory)} at the peak ({largest.stage}), disk {console.size(disk)}"
-    console.say(f"estimated: {needs}, time {_duration(sum(known))}{more}")
+    console.say(f"estimated: {needs}, time {console.duration(sum(known))}{more}")
     if plan.bytes_work:
         console.say(f"the work folder needs up to {console.size(plan.bytes_work)} while the run goes on")
     console.say(f"would be written to {plan.out}" if plan.out else "nothing would be written")
@@ -99,13 +99,6 @@ def _print_result(result: RunResult) -> None:
         if result.out:
             console.say(f"report with pictures: {console.absolute(result.out / REPORT_PAGE)}")
     console.say(f"written to {console.absolute(result.out)}" if result.out else "nothing was written")
-
-
-def _duration(seconds: float) -> str:
-    """A time in words."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _print_kept_dense(rows: list[list[str]]) -> None:
