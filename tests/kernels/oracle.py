@@ -7,8 +7,11 @@ float32, the accumulator, for adding up in another order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -50,6 +53,16 @@ CASES = [
     Case(3, 20, 9, (32, 32), density=1.0),  # weight smaller than its only block
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def in_turn(cases: Sequence[Any]) -> list[Any]:
+    """Parameters `(case, dtype)`: the first case in the first dtype, the second in the second, and so on.
+
+    For the interpreter, which is slow. A wrong index shows in any dtype, a sum or a rounding in the wrong one with
+    any case; compiled kernels, whose tiles depend on both, are given every pair.
+    """
+    pairs = [(case, DTYPES[i % len(DTYPES)]) for i, case in enumerate(cases)]
+    return [pytest.param(*pair, id="-".join(map(str, pair))) for pair in pairs]
 
 
 @dataclass

@@ -1,13 +1,14 @@
 """The convolutions, in the torch reference and in the Triton kernels (interpreter), against dense float64."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsify.kernels.convolution import reference as conv_reference
 from tests.kernels.conv_oracle import CASES, Case, check_products, dense_conv, make
-from tests.kernels.oracle import DTYPES
+from tests.kernels.oracle import DTYPES, in_turn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="with a GPU the compiled kernels are tested")
@@ -33,8 +34,7 @@ def test_small_blocks_are_multiplied_with_their_zeros():
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), in_turn(CASES))
 def test_triton_kernels_in_the_interpreter(case, dtype):
     from sparsify.kernels.convolution import triton_conv
 
@@ -45,13 +45,13 @@ def test_triton_kernels_in_the_interpreter(case, dtype):
 def test_the_largest_blocks():
     from sparsify.kernels.convolution import triton_conv
 
-    case = Case((9, 11), (40, 20), (256, 256), kernel=(3, 3), density=1.0, batch=1)
+    case = Case((5, 7), (40, 20), (256, 256), kernel=(3, 3), density=1.0, batch=1)
     check_products(case, torch.float32, triton_conv)
     check_products(case, torch.bfloat16, triton_conv)
 
 
 @interpreted
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [replace(CASES[0], batch=1), CASES[3]], ids=str)
 def test_tiles_that_no_size_divides(case):
     from sparsify.kernels.convolution import triton_conv
 

@@ -17,13 +17,16 @@ def _operators(program):
     return [str(node.target) for node in program.graph.nodes if "sparsify" in str(node.target)]
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["relaxed", "strict"])
-@pytest.mark.parametrize("sizes", [None, ANY_SIZE], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize(
+    ("strict", "sizes"),
+    [(False, None), (False, ANY_SIZE), (True, ANY_SIZE)],
+    ids=["fixed-relaxed", "dynamic-relaxed", "dynamic-strict"],
+)
 def test_an_exported_model_survives_saving_and_loading(strict, sizes):
-    model = decoder()
+    model = decoder(layers=1)
     x = torch.randn(2, 10, 96)
     program = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=strict)
-    assert len(_operators(program)) == 12  # whole products: nothing was traced into
+    assert len(_operators(program)) == 6  # whole products: nothing was traced into
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -79,7 +82,7 @@ def test_a_process_that_only_loads_needs_the_operators_alone(tmp_path):
         "torch.testing.assert_close(program.module()(x), expected);"
         "assert 'sparsify.layers' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from sparsify.kernels.linear import reference
-from tests.kernels.oracle import DTYPES, Case, assert_close, make
+from tests.kernels.oracle import Case, assert_close, in_turn, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FUNCTIONS = {
@@ -55,8 +55,7 @@ def test_every_kernel_takes_what_the_reference_takes():
 
 @pytest.mark.parametrize("kernel", ["reference", "dsd", "decode"])
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS, ids=lambda name: name or "none")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), in_turn(CASES))
 def test_activation_and_factor(case, dtype, activation, kernel):
     if kernel == "decode" and case.tokens > 32:
         pytest.skip("the decode kernel takes up to 32 tokens")

@@ -53,9 +53,8 @@ def emulate(padding, work, x, values, width, block_out, tile, transposed):
     return y[:, :width].contiguous()
 
 
-@pytest.mark.parametrize("programs", [3, 40])
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "dx"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "programs"), list(zip(CASES, [3, 40] * 3, strict=True)), ids=str)
 def test_products_by_these_lists(case, transposed, programs):
     from sparsify.kernels.grouped.triton_padding import gather, pad, scatter
 

@@ -1,11 +1,11 @@
 """float32 products follow torch's setting for TF32, whichever of its interfaces it was given by."""
 
+import json
 import subprocess
 import sys
 
-import pytest
-
-# Each in a process of its own: torch remembers which interface was used, and refuses to mix them.
+# Each in a process of its own, since torch remembers which interface was used and refuses to mix them: forks of a
+# fresh one, since importing torch takes long.
 SETTINGS = {
     "nothing": ("pass", "ieee"),
     "allow_tf32": ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
@@ -24,13 +24,29 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_float32_follows_the_setting(name, monkeypatch):
-    setting, expected = SETTINGS[name]
+PROGRAM = """
+import json, os, sys
+import torch
+from sparsify.kernels.triton_common import dot_options
+
+found = {}
+for name, (setting, _) in json.loads(sys.argv[1]).items():
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        exec(setting)
+        os.write(write, json.dumps([dot_options(torch.float32), dot_options(torch.bfloat16)]).encode())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+    found[name] = json.loads(os.read(read, 1000))
+print(json.dumps(found))
+"""
+
+
+def test_float32_follows_the_setting(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    code = (
-        f"import torch; from sparsify.kernels.triton_common import dot_options; {setting};"
-        f"assert dot_options(torch.float32) == ({expected!r}, False), dot_options(torch.float32);"
-        f"assert dot_options(torch.bfloat16) == ('ieee', False)"
-    )
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, timeout=60)
+    command = [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, json.dumps(SETTINGS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = {name: [[precision, False], ["ieee", False]] for name, (_, precision) in SETTINGS.items()}
+    assert json.loads(done.stdout) == expected
