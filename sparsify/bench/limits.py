@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sparsify.bench.timing import race
 from sparsify.kernels.convolution import ops as conv_ops  # noqa: F401  (register the operators)
+from sparsify.kernels.recurrent import recurrence  # noqa: F401
 from sparsify.layers.experts import BlockSparseExperts, projections
 
 # Side of the matrices and bytes of the copy: large enough for the full speed.
