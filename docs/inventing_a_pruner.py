@@ -117,12 +117,11 @@ class OutputShare(Pruner):
 
 
 # %% [markdown]
-# A class is named by its module: `my_pruners:OutputShare` if it stood in `my_pruners.py`, and in a notebook or a script
-# `__main__`.
+# In Python a method is a name or a class; on the command line this one would be `my_pruners:OutputShare`, if it stood
+# in `my_pruners.py`.
 
 # %%
-OURS = "__main__:OutputShare"
-methods = {"magnitude": "magnitude", "wanda": "wanda", "output share": OURS}
+methods = {"magnitude": "magnitude", "wanda": "wanda", "output share": OutputShare}
 curves: dict[str, dict[float, float]] = {label: {0.0: dense} for label in methods}
 for label, method in methods.items():
     for sparsity in (0.3,) if options.fast else (0.1, 0.2, 0.3, 0.4, 0.5):
@@ -147,7 +146,7 @@ plots.quality_by_sparsity(curves, picture, quality="validation perplexity", dens
 
 # %%
 model = load()
-result = sparsify.prune(model, method=OURS, block=BLOCK, sparsity=0.3, calibration=calibration)
+result = sparsify.prune(model, method=OutputShare, block=BLOCK, sparsity=0.3, calibration=calibration)
 plots.mask_pictures(result.masks, options.images / "inventing-masks.png", columns=7)
 print(result)
 
@@ -170,7 +169,7 @@ def attention_first(layers, scores, budget):
 found = {}
 for scope in (attention_first,) if options.fast else ("global", "layer", "row", attention_first):
     model = load()
-    sparsify.prune(model, method=OURS, block=BLOCK, sparsity=0.3, scope=scope, calibration=calibration)
+    sparsify.prune(model, method=OutputShare, block=BLOCK, sparsity=0.3, scope=scope, calibration=calibration)
     found[scope if isinstance(scope, str) else scope.__name__] = perplexity(model)
 print("30 % removed:", {label: round(value, 1) for label, value in found.items()})
 
@@ -186,7 +185,7 @@ print("30 % removed:", {label: round(value, 1) for label, value in found.items()
 
 # %%
 model, masks = load(), {}
-for layer, scores in sparsify.score(model, method=OURS, block=BLOCK, calibration=calibration):
+for layer, scores in sparsify.score(model, method=OutputShare, block=BLOCK, calibration=calibration):
     share = 0.85 if "self_attn" in layer.name else 0.65
     best = scores.topk(round(share * scores.shape[1]), dim=1).indices  # of each block row
     keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)

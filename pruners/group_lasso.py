@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 
 class GroupLasso(Pruner):
-    """Shrinks blocks during training; `begin` gives it the budget, each `after_step` is one proximal step.
+    """Shrinks whole blocks to zero while the network trains.
+
+    `begin` gives it the budget, each `after_step` is one proximal step.
 
     Args:
         fade: Share of the phase, above 0 and at most 1, over which a block shrinks to zero. Longer is gentler on
@@ -48,6 +50,7 @@ class GroupLasso(Pruner):
     """
 
     name = "group_lasso"
+    in_training = True
     # Share of the phase, in units of `fade`, that is left when the last blocks come under the penalty.
     _margin = 1.5
 

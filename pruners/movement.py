@@ -42,6 +42,7 @@ class Movement(Pruner):
     """
 
     name = "movement"
+    in_training = True
 
     def __init__(self, warmup: float = 0.1, settle: float = 0.3) -> None:
         for option, value in (("warmup", warmup), ("settle", settle)):

@@ -48,6 +48,7 @@ class PruneAndGrow(Pruner):
     """
 
     name = "prune_and_grow"
+    in_training = True
 
     def __init__(
         self, fraction: float = 0.3, every: float = 0.02, until: float = 0.75, ramp: float = 0.5

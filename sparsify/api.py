@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sparsify.data.spec import Source
     from sparsify.permutation import Permuted
     from sparsify.pipeline import RunResult
-    from sparsify.pruner import PrunableLayer
+    from sparsify.pruner import Method, PrunableLayer
     from sparsify.runtime.progress import Progress
     from sparsify.targets import KeptDense
 
@@ -68,7 +68,7 @@ class PruneResult:
 def prune(
     model: nn.Module,
     *,
-    method: str | None = None,
+    method: Method | None = None,
     block: BlockShape | str | int | tuple[int, int] = "64x64",
     sparsity: float = 0.5,
     scope: Scope = "global",
@@ -90,8 +90,8 @@ def prune(
 
     Args:
         model: A transformers model, or any module. Its weights change.
-        method: A name that `sparsify pruners` lists, or `package.module:Class`. Default: `block_obs` with
-            reconstruction if there is calibration data, else `magnitude`.
+        method: A name that `sparsify pruners` lists, `package.module:Class`, or a class derived from
+            `sparsify.Pruner`. Default: `block_obs` with reconstruction if there is calibration data, else `magnitude`.
         block: Block shape as `(out, in)` features, such as `"64x64"`; each side a power of two from 8 to 256.
         sparsity: Share of the selected weights' elements to remove, at least 0 and below 1; met within one block.
         scope: `global` (one budget), `layer` (each layer the same share), `row` (each block row the same share); or a
@@ -192,7 +192,7 @@ def prune(
 def score(
     model: nn.Module,
     *,
-    method: str = "magnitude",
+    method: Method = "magnitude",
     block: BlockShape | str | int | tuple[int, int] = "64x64",
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,

@@ -17,7 +17,7 @@ from sparsify.data import spec as data
 from sparsify.errors import CheckpointError, ConfigError, OutputError, SparsifyError
 from sparsify.prediction import predict, warning
 from sparsify.preparation import selected
-from sparsify.pruner import PrunableLayer
+from sparsify.pruner import PrunableLayer, name_of
 from sparsify.recipe.schema import (
     CalibrateStage,
     ConvertStage,
@@ -248,7 +248,8 @@ def skeleton(recipe: Recipe) -> nn.Module:
 def describe(stage: Any) -> str:
     """A stage in one line."""
     if isinstance(stage, CalibrateStage):
-        return f"calibrate: {f'{stage.samples} samples' if stage.samples else 'samples of 65,536 tokens'}"
+        enough = "as many samples as hold 65,536 tokens, or 128 without tokens"
+        return f"calibrate: {f'{stage.samples} samples' if stage.samples else enough}"
     if isinstance(stage, PruneStage):
         return f"prune: {_pruning(stage)}"
     if isinstance(stage, FinetuneStage):
@@ -271,7 +272,8 @@ def _pruning(settings: Pruning) -> str:
     blocks = f"{settings.sparsity:.0%} in blocks of {settings.block}"
     steps = getattr(settings, "reconstruct", 0)
     after = f", each transformer block reconstructed in {steps} steps" if steps else ""
-    return f"{settings.method}, {blocks}, scope {settings.scope}{order}{after}"
+    scope = scopes.name_of(settings.scope)
+    return f"{name_of(settings.method)}, {blocks}, scope {scope}{order}{after}"
 
 
 def _packs(stage: Any) -> bool:

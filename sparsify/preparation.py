@@ -11,7 +11,7 @@ from sparsify import sensitivity_file
 from sparsify.allocation import scopes
 from sparsify.allocation.budget import Budget
 from sparsify.errors import ConfigError, PrunerError
-from sparsify.pruner import Pruner, create_pruner
+from sparsify.pruner import Pruner, create_pruner, name_of
 from sparsify.recipe.schema import Pruning
 from sparsify.targets import Selection, select
 
@@ -79,7 +79,7 @@ def prepare(
         if missing and not walks:
             own = min(missing) in type(pruner).requires
             scope = scopes.name_of(settings.scope)
-            needs = f"pruner {settings.method!r} needs" if own else f"scope {scope!r} needs"
+            needs = f"pruner {name_of(settings.method)!r} needs" if own else f"scope {scope!r} needs"
             raise ConfigError(
                 f"{needs} the statistic {min(missing)!r} of layer {layer.name}: put a "
                 f"calibrate stage before it (with `sparsify prune` give --data, in Python `calibration`)"

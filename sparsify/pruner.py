@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -119,10 +119,12 @@ class Pruner(ABC):
         requires: Calibration statistics that `score` or `update_weights` read from `layer.statistics`:
             `"input_sq"`, the mean square of each input feature, `(K,)` float32; `"hessian"`, `X^T X / tokens` of the
             inputs `X` `(tokens, K)`, `(K, K)` float32. `"tokens"`, their number, comes with either.
+        in_training: Whether it works while the network trains and in no other way; pruning at once is refused then.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[frozenset[str]] = frozenset()
+    in_training: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Lets mistakes in the hooks of a class of one's own be told in one line that names class, hook and layer."""
@@ -259,7 +261,7 @@ def _add_to_mean(mean: Tensor, total: Tensor, seen: int, new: int) -> None:
         mean.add_((total - new * mean) / (seen + new))
 
 
-def default_method(with_data: bool, method: str | None, reconstruct: int | None) -> tuple[str, int]:
+def default_method(with_data: bool, method: Method | None, reconstruct: int | None) -> tuple[Method, int]:
     """Which pruner and how many steps of reconstruction are meant where the user names none.
 
     Chosen by measurement, see docs/benchmarks/pruners.md.
@@ -281,17 +283,49 @@ def available() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("pruners"))]))
 
 
-def create_pruner(method: str, **options: object) -> Pruner:
+Method: TypeAlias = str | type[Pruner]
+
+
+def name_of(method: Method) -> str:
+    """A pruner's name, for people and for files: `package.module:Class` of a class."""
+    return method if isinstance(method, str) else f"{method.__module__}:{method.__qualname__}"
+
+
+def find_pruner(method: Method) -> type[Pruner]:
+    """The class that is meant.
+
+    Args:
+        method: A registered name (see `available`), `package.module:Class` for a class of your own, or that class.
+
+    Raises:
+        PrunerError: If there is no such pruner.
+    """
+    if isinstance(method, str) and ":" not in method:
+        return _registered(method)
+    cls = custom.find(method, "pruner", PrunerError) if isinstance(method, str) else method
+    if isinstance(cls, Pruner):
+        name = type(cls).__qualname__
+        raise PrunerError(f"got a {name} as pruner: give the class, method={name}, and its options by name")
+    if not (isinstance(cls, type) and issubclass(cls, Pruner)):
+        raise PrunerError(f"{method!r} is not a pruner: it must be a class derived from sparsify.Pruner")
+    if inspect.isabstract(cls):
+        raise PrunerError(
+            f"pruner {name_of(method)!r} has no score method: a pruner must define score(self, layer)"
+        )
+    return cls
+
+
+def create_pruner(method: Method, **options: object) -> Pruner:
     """Makes a pruner from its name and options.
 
     Args:
-        method: A registered name (see `available`) or `package.module:Class` for a class of your own.
+        method: A registered name (see `available`), `package.module:Class` for a class of your own, or that class.
         **options: Keyword arguments of the class's constructor.
 
     Raises:
         PrunerError: If the name or an option is unknown, or an option's value is refused.
     """
-    cls = _custom(method) if ":" in method else _registered(method)
+    cls, method = find_pruner(method), name_of(method)
     if not isinstance(cls.requires, (set, frozenset)) or not cls.requires <= STATISTICS:
         raise PrunerError(
             f"pruner {method!r} has requires = {cls.requires!r}: it must be a set of {', '.join(sorted(STATISTICS))}"
@@ -346,15 +380,6 @@ def _registered(method: str) -> type[Pruner]:
         if isinstance(value, type) and issubclass(value, Pruner) and value.name == method:
             return value
     raise PrunerError(f"pruners/{method}.py has no Pruner class with name = {method!r}")
-
-
-def _custom(method: str) -> type[Pruner]:
-    cls = custom.find(method, "pruner", PrunerError)
-    if not (isinstance(cls, type) and issubclass(cls, Pruner)):
-        raise PrunerError(f"{method!r} is not a pruner: it must be a class derived from sparsify.Pruner")
-    if inspect.isabstract(cls):
-        raise PrunerError(f"pruner {method!r} has no score method: a pruner must define score(self, layer)")
-    return cls
 
 
 def _check_options(method: str, cls: type[Pruner], options: dict[str, object]) -> None:

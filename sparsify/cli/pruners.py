@@ -8,14 +8,15 @@ from sparsify.cli import console, options
 
 
 def pruners(json: options.Json = False) -> None:
-    """List the pruners with their options."""
-    from sparsify.pruner import available, create_pruner
+    """List the pruners: what they do, what they need, their options."""
+    from sparsify.pruner import available, find_pruner
 
-    found = {name: type(create_pruner(name)) for name in available()}
+    found = {name: find_pruner(name) for name in available()}
     entries = [
         {
             "name": name,
             "summary": (getdoc(cls) or "").partition("\n")[0],
+            "needs": "training" if cls.in_training else "data" if cls.requires else "",
             "options": {key: value.default for key, value in signature(cls).parameters.items()},
         }
         for name, cls in found.items()
@@ -27,8 +28,9 @@ def pruners(json: options.Json = False) -> None:
         [
             entry["name"],
             entry["summary"],
+            entry["needs"],
             ", ".join(f"{key}={value}" for key, value in entry["options"].items()),
         ]
         for entry in entries
     ]
-    console.print_table(["pruner", "what it does", "options"], rows)
+    console.print_table(["pruner", "what it does", "needs", "options"], rows)

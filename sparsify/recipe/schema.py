@@ -69,6 +69,23 @@ def _scope(value: Any) -> Any:
 Scope: TypeAlias = Annotated[Any, PlainValidator(_scope), PlainSerializer(scopes.name_of)]
 
 
+def _method(value: Any) -> Any:
+    from sparsify.pruner import find_pruner
+
+    if not isinstance(value, str) or ":" not in value:
+        find_pruner(value)
+    return value
+
+
+def _method_name(value: Any) -> str:
+    from sparsify.pruner import name_of
+
+    return name_of(value)
+
+
+Method: TypeAlias = Annotated[Any, PlainValidator(_method), PlainSerializer(_method_name)]
+
+
 def _column_names(value: Any) -> Any:
     columns = value if isinstance(value, (list, tuple)) else [value]
     return [str(column) if isinstance(column, int) else column for column in columns]
@@ -122,7 +139,7 @@ class Pruning(Strict):
     """How blocks are scored and how many are kept.
 
     Attributes:
-        method: A registered pruner, such as `magnitude`, or `package.module:Class`.
+        method: A registered pruner, such as `magnitude`, or `package.module:Class`; in Python also the class.
         options: Constructor arguments of the pruner.
         block: Block shape as OUTxIN, such as `64x64`.
         sparsity: Share of the selected weights to remove, from 0 to less than 1.
@@ -140,7 +157,7 @@ class Pruning(Strict):
         per_position: Give each kernel position of a convolution a mask of its own, instead of one for all of them.
     """
 
-    method: str = "magnitude"
+    method: Method = "magnitude"
     options: dict[str, Any] = Field(default_factory=dict)
     block: Block = Field(default_factory=lambda: BlockShape(64, 64))
     sparsity: Share = 0.5
@@ -152,15 +169,6 @@ class Pruning(Strict):
     ignore: Patterns | None = None
     permute: bool = False
     per_position: bool = False
-
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, method: str) -> str:
-        from sparsify.pruner import available, create_pruner
-
-        if ":" not in method and method not in available():
-            create_pruner(method)
-        return method
 
     @model_validator(mode="after")
     def _usable(self) -> Pruning:
@@ -238,6 +246,17 @@ class PruneStage(Pruning):
 
     stage: Literal["prune"]
     reconstruct: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _at_once(self) -> PruneStage:
+        from sparsify.pruner import find_pruner, name_of
+
+        if find_pruner(self.method).in_training:
+            raise ValueError(
+                f"{name_of(self.method)} prunes while the network trains: name it as the `pruner` of a finetune stage, "
+                f"or give it to SparsifyCallback or SparsifyLoop"
+            )
+        return self
 
 
 class FinetuneStage(Strict):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparsify.calibration.statistics import collect_statistics, needs_calibration
 from sparsify.preparation import make_pruner, selected
+from sparsify.pruner import name_of
 from sparsify.recipe.schema import ENOUGH, CalibrateStage, FinetuneStage, PruneStage, Pruning, Recipe
 from sparsify.stages.prune import order_units
 from sparsify.stages.state import State
@@ -22,7 +23,7 @@ def run(stage: CalibrateStage, state: State) -> None:
     pruner = make_pruner(settings)
     reconstructs = isinstance(settings, PruneStage) and settings.reconstruct > 0
     if not needs_calibration(pruner) and not reconstructs:
-        state.note(f"calibrate: pruner {settings.method!r} asks for no statistics, nothing to do")
+        state.note(f"calibrate: pruner {name_of(settings.method)!r} asks for no statistics, nothing to do")
         return
     spec = state.recipe.data.calibration
     assert spec is not None

@@ -75,13 +75,13 @@ def choose(state: State, dense_where_slower: str) -> None:
         which = "the" if unknown == count else f"{unknown} of the"
         verb = "bench" if unknown == len(convolutions) else "tune"
         state.note(
-            f"nothing like {which} {count} pruned weights was measured on this machine ({machine}), so these are packed "
-            f"without knowing whether they run faster; `sparsify {verb}` measures them"
+            f"nothing like {which} {count} pruned weights was measured on this machine ({machine}), so these are "
+            f"packed without knowing whether they run faster; `sparsify {verb}` measures them"
         )
     if slower:
         state.note(
-            f"{len(slower)} of {count} pruned weights stay dense, with zeros, because they would run slower block-sparse "
-            f"on this machine ({machine}); `dense_where_slower: never` packs them"
+            f"{len(slower)} of {count} pruned weights stay dense, with zeros, because they would run slower "
+            f"block-sparse on this machine ({machine}); `dense_where_slower: never` packs them"
         )
 
 

@@ -262,6 +262,8 @@ def test_pruners_are_listed_with_their_options():
     entries = {entry["name"]: entry for entry in json_of("pruners")}
     assert {"magnitude", "group_lasso"} <= set(entries)
     assert "norm" in entries["magnitude"]["options"] and entries["magnitude"]["summary"]
+    needs = {name: entries[name]["needs"] for name in ("magnitude", "block_obs", "group_lasso")}
+    assert needs == {"magnitude": "", "block_obs": "data", "group_lasso": "training"}
 
 
 @pytest.mark.filterwarnings("default::UserWarning")

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparsify
 from sparsify.allocation.budget import Budget
 from sparsify.blocks import BlockMask, BlockShape
-from sparsify.errors import PrunerError
-from sparsify.pruner import PrunableLayer, Pruner, available, create_pruner
+from sparsify.errors import ConfigError, PrunerError
+from sparsify.pruner import PrunableLayer, Pruner, available, create_pruner, find_pruner
+from sparsify.recipe.schema import Recipe
 
 CUSTOM = '''
 from sparsify import Pruner
@@ -138,6 +140,40 @@ def test_a_wrong_name_or_option_says_what_is_known(custom, method, options, mess
     with pytest.raises(PrunerError, match=message) as caught:
         create_pruner(method, **options)
     assert "\n" not in str(caught.value)
+
+
+class Mine(find_pruner("magnitude")):
+    """Magnitude under another name."""
+
+
+def test_a_class_is_taken_in_place_of_its_name():
+    masks = {}
+    for method in (Mine, "magnitude"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 24))
+        masks[method] = sparsify.prune(model, method=method, block=8, sparsity=0.5, norm="max").masks
+    ours, theirs = masks.values()
+    assert all(torch.equal(ours[name].keep, theirs[name].keep) for name in theirs)
+    (layer, scores), _ = sparsify.score(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), method=Mine, block=8)
+    assert layer.name == "0" and scores.shape == (1, 1)
+    recipe = Recipe.from_dict({"version": 1, "stages": [{"stage": "prune", "method": Mine}]})
+    assert f"method: {__name__}:Mine" in recipe.to_yaml()
+
+
+def test_an_object_in_place_of_a_class_says_how_to_give_it():
+    with pytest.raises(
+        PrunerError, match="got a Mine as pruner: give the class, method=Mine, and its options"
+    ):
+        create_pruner(Mine())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PrunerError, match="<class 'int'> is not a pruner"):
+        create_pruner(int)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("method", ["group_lasso", "movement", "prune_and_grow"])
+def test_what_works_in_training_alone_is_refused_at_once(method: str):
+    model = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(ConfigError, match=f"{method} prunes while the network trains"):
+        sparsify.prune(model, method=method, block=8)
 
 
 def test_an_option_that_must_be_given_and_a_statistic_nobody_collects(tmp_path, monkeypatch):
