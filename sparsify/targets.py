@@ -278,7 +278,8 @@ def _nearest(model: nn.Module, text: str) -> str:
     if wanted in leaves:
         return f"names are whole, such as {next(n for n in names if n.endswith(wanted))!r}; for all write 're:{wanted}'"
     classes = {type(module).__name__ for module in model.modules()}
-    close = difflib.get_close_matches(wanted, [*sorted(classes), *sorted(leaves), *names], n=3, cutoff=0.5)
+    known = list(dict.fromkeys([*sorted(classes), *sorted(leaves), *names]))
+    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     shown = close or [name for name in names if "." in name][:3] or names[:3]
     return f"the nearest names are {', '.join(shown)}"
 

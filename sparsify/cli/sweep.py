@@ -194,7 +194,8 @@ def _print_plan(plan: SweepPlan, as_json: bool) -> None:
         facts = {"pairs": len(plan.pairs), "left": left, "workloads": plan.settings["workloads"]}
         console.print_json(facts | {"device": str(plan.device), "file": str(plan.file)})
         return
-    console.say(f"{len(plan.pairs)} pairs, {len(left)} to be measured on {plan.settings['device']}:")
+    pairs = "1 pair" if len(plan.pairs) == 1 else f"{len(plan.pairs)} pairs"
+    console.say(f"{pairs}, {len(left)} to be measured on {plan.settings['device']}:")
     console.say("  " + ", ".join(f"{pair['block']} at {pair['sparsity']:.0%}" for pair in left))
     console.say(
         f"quality on {plan.settings['evaluated_on']}, speed in {'; '.join(plan.settings['workloads'])}"
