@@ -61,11 +61,19 @@ DOMAINS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "images": (("16x16",), (0.5, 0.75)),
 }
 RECIPES = {"speech": "speech_classification", "images": "vit_classification"}
-# What differs from a recipe: many small pictures want larger batches and fewer rounds.
-SETTINGS = {
-    "images": [f"stages.{stage}.{setting}" for stage in (1, 3) for setting in ("batch=128", "learning_rate=5e-4")]
-    + ["stages.1.epochs=3", "stages.3.epochs=1"]
-}  # fmt: skip
+# How the dense network of a recipe is trained from random weights.
+DENSE: dict[str, dict[str, Any]] = {
+    "speech": {"epochs": 12, "batch": 64, "learning_rate": 1e-3, "warmup": 0.1},
+    "images": {"epochs": 6, "batch": 64, "learning_rate": 1e-3, "warmup": 0.1},
+}
+# What differs from a recipe, in its search and in its healing: many small inputs want larger batches and fewer rounds.
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "speech": ({"epochs": 6}, {"epochs": 3}),
+    "images": (
+        {"epochs": 3, "batch": 128, "learning_rate": 5e-4},
+        {"epochs": 1, "batch": 128, "learning_rate": 5e-4},
+    ),
+}
 # A Whisper encoder's sizes on a CPU (those of `tiny`) and on a GPU (those of `small`), to time it.
 ENCODERS = {"cpu": (384, 4, 6), "cuda": (768, 12, 12)}
 
@@ -117,43 +125,38 @@ def recipe_rows(chosen: list[Case], args: argparse.Namespace) -> Iterator[dict[s
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if first.domain == "speech":
-            recordings = args.keywords / "recordings"
-            domain_classifiers.speech(recordings, folder, first.seed % 3, args.scale, args.device)
-            data = {"train": folder / "train", "eval": folder / "test"}
+            made = domain_classifiers.speech(args.keywords / "recordings", folder, first.seed % 3)
         else:
-            domain_classifiers.images(args.mnist, folder, first.seed, args.scale, args.device)
-            data = {"train": folder / "train.parquet", "eval": folder / "test.parquet"}
+            made = domain_classifiers.images(args.mnist, folder)
+        frame: dict[str, Any] = {
+            "seed": first.seed,
+            "device": args.device,
+            "data": {use: {"path": str(made[use])} for use in ("train", "eval")},
+        }
+        dense = recipe(first.domain) | frame | {"model": str(made["blank"]), "out": str(folder / "dense")}
+        dense["from_scratch"] = True
+        dense["stages"] = [{"stage": "finetune", **_shortened(DENSE[first.domain], args.scale)}]
+        sparsify.run(sparsify.Recipe.from_dict(dense))
+        longer = recipe(first.domain, args.scale) | frame | {"model": str(folder / "dense")}
+        longer["stages"] = [_unpruned(stage) for stage in longer["stages"] if stage["stage"] != "convert"]
+        columns = _columns(longer | {"out": str(folder / "longer")})
+        shared = {"dense": columns["dense"], "dense_longer": columns["recovered"]}
         for case in chosen:
-            settings = [f"data.{use}.path={path}" for use, path in data.items()] + SETTINGS.get(
-                case.domain, []
-            )
-            settings += [
-                f"pruner.block={case.block}",
-                f"pruner.sparsity={case.sparsity}",
-                f"seed={case.seed}",
-            ]
-            if args.scale < 1:
-                settings += [f"stages.{index}.steps={max(2, round(600 * args.scale))}" for index in (1, 3)]
-                settings += [f"stages.{index}.epochs=" for index in (1, 3)]
-                settings += [f"data.{use}.samples={max(40, round(2000 * args.scale))}" for use in data]
+            sparse = recipe(case.domain, args.scale) | frame | {"model": str(folder / "dense")}
+            search = next(stage["pruner"] for stage in sparse["stages"] if "pruner" in stage)
+            search |= {"block": case.block, "sparsity": case.sparsity}
             start = time.perf_counter()
-            recipe, dense, out = RECIPES[case.domain], str(folder / "dense"), folder / "sparse"
-            result = sparsify.run(recipe, model=dense, out=out, overrides=settings, force=True)
+            columns = _columns(sparse | {"out": str(folder / f"{case.block} {case.sparsity}")})
             seconds = time.perf_counter() - start
-            columns: Any = (result.report or {})["columns"]
-            labels = {"dense": "dense", "pruned": "pruned", "sparse": "recovered"}
+            found = shared | {"pruned": columns["pruned"], "sparse": columns["recovered"]}
+            quality = {name: {"accuracy": one["quality"]["accuracy"] / 100} for name, one in found.items()}
             costs = {
                 name: {
-                    "bytes": columns[label]["bytes"],
-                    "parameters": columns[label]["parameters"],
-                    "latency_ms": 1e3 * next(iter(columns[label]["latency"].values())),
+                    "bytes": column["bytes"],
+                    "parameters": column["parameters"],
+                    "latency_ms": 1e3 * next(iter(column["latency"].values())),
                 }
-                for name, label in labels.items()
-                if name != "pruned"
-            }
-            quality = {
-                name: {"accuracy": columns[label]["quality"]["accuracy"] / 100}
-                for name, label in labels.items()
+                for name, column in (("dense", columns["dense"]), ("sparse", columns["recovered"]))
             }
             yield asdict(case) | {
                 "metric": "accuracy",
@@ -161,6 +164,29 @@ def recipe_rows(chosen: list[Case], args: argparse.Namespace) -> Iterator[dict[s
                 "costs": costs,
                 "seconds": seconds,
             }
+
+
+def recipe(domain: str, scale: float = 1.0) -> dict[str, Any]:
+    """The package's recipe of a domain with `SETTINGS`, as plain data."""
+    plain = sparsify.Recipe.load(RECIPES[domain]).model_dump(exclude_unset=True, mode="json")
+    trainings = [stage for stage in plain["stages"] if stage["stage"] == "finetune" and stage.get("epochs")]
+    for stage, settings in zip(trainings, SETTINGS[domain], strict=True):
+        stage |= _shortened(settings, scale)
+    return plain
+
+
+def _shortened(training: dict[str, Any], scale: float) -> dict[str, Any]:
+    return training | {"epochs": training["epochs"] * scale}
+
+
+def _unpruned(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage without its pruning, for the dense network that trains as long as a sparse one."""
+    return {key: value for key, value in stage.items() if key not in ("pruner", "heal")}
+
+
+def _columns(plain: dict[str, Any]) -> dict[str, Any]:
+    """Runs a recipe, and gives the columns of its report."""
+    return (sparsify.run(sparsify.Recipe.from_dict(plain)).report or {})["columns"]
 
 
 def encoder_rows(chosen: list[Case], args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,8 @@ ABOUT = {
     "keywords": "Accuracy in % on speakers who are in no training data; a seed is another third of the speakers. "
     "Pretrained on other words. Latency is of one second of sound.",
     "speech": "Accuracy in % on speakers who are in no training data; a seed is another third of the speakers. Trained "
-    "from random weights on the other speakers alone, pruned by the recipe `speech_classification`. Latency is of one "
+    "from random weights on the other speakers' recordings and three moved, noisy copies of each, pruned by the recipe "
+    "`speech_classification`. Latency is of one "
     "second of sound.",
     "images": "Accuracy in % on the test pictures, by which nothing was chosen; trained from random weights, pruned by "
     "the recipe `vit_classification`. Latency is of one picture.",
