@@ -11,7 +11,7 @@ from pathlib import Path
 RANKS = 2
 
 
-def run_ranks(script: str, *arguments: str, timeout: float = 100) -> None:
+def run_ranks(script: str, *arguments: str, timeout: float = 240) -> None:
     """Runs `script` on two processes with the environment that `torchrun` gives; each has to exit with 0.
 
     Processes of their own: a fork of this one could not run backward once any other test has.

@@ -77,11 +77,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         (["--block", "large"], "cannot read block shape 'large'"),
         (["--sparsity", "1"], "must be at least 0 and less than 1, got 1"),
         (["--sparsity", "50"], "for 50 % write 0.5"),
-        (["--sparsity", "-0.5"], "stages.0.sparsity: got -0.5"),
-        (["--sparsity", "nan"], "stages.0.sparsity: got nan"),
+        (["--sparsity", "-0.5"], "error: sparsity: got -0.5"),
+        (["--sparsity", "nan"], "error: sparsity: got nan"),
         (
             ["--scope", "all"],
-            "stages.0.scope: got 'all', expected global, layer, row, erdos_renyi, ",
+            "error: scope: got 'all', expected global, layer, row, erdos_renyi, ",
         ),
         (["--method", "magnitde"], "unknown pruner 'magnitde': did you mean 'magnitude'?"),
         (["--method", "no.such:Pruner"], "cannot import pruner 'no.such:Pruner'"),
@@ -307,7 +307,6 @@ def test_ctrl_c_during_prune_leaves_nothing(clean, tmp_path, monkeypatch, where)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_real_ctrl_c_in_training_then_resume_gives_the_same_bytes(clean, tmp_path):
     text = checkpoints.text(tmp_path)
     recipe = tmp_path / "recipe.yaml"
@@ -324,12 +323,11 @@ def test_real_ctrl_c_in_training_then_resume_gives_the_same_bytes(clean, tmp_pat
     signal.signal(signal.SIGINT, signal.default_int_handler)
     broken = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
     work = tmp_path / "out.work"
-    deadline = time.monotonic() + 120
     while not list(work.glob("1-trainer/checkpoint-*/trainer_state.json")):
-        assert broken.poll() is None and time.monotonic() < deadline
+        assert broken.poll() is None
         time.sleep(0.02)
     broken.send_signal(signal.SIGINT)
-    _, said = broken.communicate(timeout=60)
+    _, said = broken.communicate()
     assert broken.returncode == INTERRUPTED
     assert "run the same command with --resume to go on" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()

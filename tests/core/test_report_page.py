@@ -302,7 +302,7 @@ def test_in_a_real_browser(folder, tmp_path, width, dark):
     ]
     command += ["--window-size=1300,900", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()]
     home = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=home)  # pyright: ignore
+    done = subprocess.run(command, capture_output=True, text=True, env=home)  # pyright: ignore
     written = re.search(r'<pre id="found">(.+?)</pre>', done.stdout)
     assert written, done.stderr
     found = json.loads(written[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))

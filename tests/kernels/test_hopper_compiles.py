@@ -96,7 +96,6 @@ VARIANTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiles_without_spilling(variant, monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

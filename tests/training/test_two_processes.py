@@ -24,7 +24,6 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]] = 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_have_the_losses_of_one(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
