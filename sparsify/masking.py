@@ -1,7 +1,7 @@
 """The mask in the forward pass of a dense layer, so that no optimizer, accumulation or resume can lose it.
 
 A masked module keeps its class and its dense parameter, under its name. For the length of a forward pass the
-parameter is replaced by the *effective* weight: the parameter's blocks where the mask keeps them, 0 elsewhere.
+parameter's place is taken by the *effective* weight: the parameter's blocks where the mask keeps them, 0 elsewhere.
 `state_dict()` gives effective weights too, so that a checkpoint written while masked is an ordinary one that plain
 `from_pretrained` loads.
 
@@ -123,6 +123,7 @@ def unmask(model: nn.Module) -> dict[str, BlockMask]:
         state = module.__dict__.pop("_masked_parameters", None)
         for masked in state or ():
             delattr(module, masked.buffer)
+            module.__dict__.pop(masked.hidden, None)
         for handle in module.__dict__.pop("_mask_handles", ()):
             handle.remove()
     return masks
@@ -170,6 +171,11 @@ class _MaskedParameter:
     @property
     def buffer(self) -> str:
         return f"{self.parameter}_keep"
+
+    @property
+    def hidden(self) -> str:
+        """Where a module holds its parameter during a forward pass."""
+        return f"_hidden_{self.parameter}"
 
     def keep(self, module: nn.Module) -> Tensor:
         return module._buffers[self.buffer]  # pyright: ignore[reportReturnType]
@@ -234,22 +240,31 @@ def _mask_parameter(
     module.register_buffer(masked.buffer, keep.to(first.parameter.device), persistent=False)
     if "_mask_handles" not in module.__dict__:
         module._mask_handles = [  # pyright: ignore[reportArgumentType]
+            # Inside of FSDP's hooks, which put another parameter in the place before a pass and after it.
             module.register_forward_pre_hook(_show_effective),
-            module.register_forward_hook(_show_parameters, always_call=True),
+            module.register_forward_hook(_show_parameters, prepend=True, always_call=True),
             module.register_state_dict_post_hook(_save_effective),
         ]
 
 
 def _show_effective(module: nn.Module, args: Any) -> None:
-    # An instance attribute is found before nn.Module looks into its parameters.
+    # torch.compile (2.11) traces a change of `_parameters`, and not an attribute that is removed again.
     for masked in module.__dict__["_masked_parameters"]:
-        module.__dict__[masked.parameter] = masked.effective(module)
+        effective: Any = masked.effective(module)
+        if masked.parameter in module.__dict__:  # a replica made by nn.DataParallel, which is used once
+            module.__dict__[masked.parameter] = effective
+            continue
+        module.__dict__[masked.hidden] = module._parameters[masked.parameter]
+        module._parameters[masked.parameter] = effective
     _renew_list(module)
 
 
 def _show_parameters(module: nn.Module, args: Any, output: Any) -> None:
     for masked in module.__dict__["_masked_parameters"]:
-        module.__dict__.pop(masked.parameter, None)
+        parameter = module.__dict__.get(masked.hidden)
+        if parameter is not None:
+            module._parameters[masked.parameter] = parameter
+            module.__dict__[masked.hidden] = None
     _renew_list(module)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -270,16 +271,30 @@ def test_the_mask_follows_the_model_to_another_dtype():
     assert {b.dtype for name, b in model.named_buffers() if name.endswith("_keep")} == {torch.bool}
 
 
-def test_a_masked_model_compiles_without_a_graph_break():
+def test_a_masked_model_trains_in_one_compiled_graph_that_new_masks_leave_valid():
     model = nn.Sequential(nn.Linear(40, 72), nn.ReLU(), nn.Linear(72, 24))
-    masks = {
-        "0": BlockMask(torch.rand(5, 5) > 0.5, (72, 40), BlockShape(16, 8)),
-        "2": BlockMask(torch.rand(2, 9) > 0.5, (24, 72), BlockShape(16, 8)),
-    }
-    mask_model(model, masks)
-    x = torch.randn(5, 40)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), model(x))
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for dense_gradient in (True, True, False):
+        masks = {
+            "0": BlockMask(torch.rand(5, 5) > 0.5, (72, 40), BlockShape(16, 8)),
+            "2": BlockMask(torch.rand(2, 9) > 0.5, (24, 72), BlockShape(16, 8)),
+        }
+        mask_model(model, masks, dense_gradient)
+        x, found = torch.randn(5, 40), []
+        for run in (model, compiled):
+            model.zero_grad()
+            outputs = run(x)
+            outputs.square().sum().backward()
+            found.append([outputs, *(parameter.grad for parameter in model.parameters())])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        assert all(isinstance(model[index].weight, nn.Parameter) for index in (0, 2))
+    assert len(graphs) == 2  # the second one without gradients of pruned blocks
 
 
 def test_an_error_in_the_forward_pass_leaves_the_parameter_in_place():
