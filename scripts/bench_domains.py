@@ -133,16 +133,20 @@ def recipe_rows(chosen: list[Case], args: argparse.Namespace) -> Iterator[dict[s
             "device": args.device,
             "data": {use: {"path": str(made[use])} for use in ("train", "eval")},
         }
-        dense = recipe(first.domain) | frame | {"model": str(made["blank"]), "out": str(folder / "dense")}
+        dense: dict[str, Any] = (
+            recipe(first.domain) | frame | {"model": str(made["blank"]), "out": str(folder / "dense")}
+        )
         dense["from_scratch"] = True
         dense["stages"] = [{"stage": "finetune", **_shortened(DENSE[first.domain], args.scale)}]
         sparsify.run(sparsify.Recipe.from_dict(dense))
-        longer = recipe(first.domain, args.scale) | frame | {"model": str(folder / "dense")}
+        longer: dict[str, Any] = recipe(first.domain, args.scale) | frame | {"model": str(folder / "dense")}
         longer["stages"] = [_unpruned(stage) for stage in longer["stages"] if stage["stage"] != "convert"]
         columns = _columns(longer | {"out": str(folder / "longer")})
         shared = {"dense": columns["dense"], "dense_longer": columns["recovered"]}
         for case in chosen:
-            sparse = recipe(case.domain, args.scale) | frame | {"model": str(folder / "dense")}
+            sparse: dict[str, Any] = (
+                recipe(case.domain, args.scale) | frame | {"model": str(folder / "dense")}
+            )
             search = next(stage["pruner"] for stage in sparse["stages"] if "pruner" in stage)
             search |= {"block": case.block, "sparsity": case.sparsity}
             start = time.perf_counter()
