@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -33,7 +34,14 @@ torch.set_num_threads(1)
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made stays: the collections of garbage, one in every training, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,7 +58,7 @@ def test_outliers_need_calibration(dense):
 def test_outliers_from_the_command_line(dense, tmp_path):
     data, out = checkpoints.text(tmp_path), tmp_path / "out"
     command = ["prune", dense, "--out", out, "--block", "16x16", "--scope", "outlier", "--data", data]
-    command += ["--length", "32", "--dense-where-slower", "never"]
+    command += ["--length", "32", "--samples", "64", "--dense-where-slower", "never"]
     result = CliRunner().invoke(app, [str(part) for part in command])
     assert result.exit_code == 0, result.output
     density = {layer.name: layer.density for layer in open_checkpoint(out).layers}
