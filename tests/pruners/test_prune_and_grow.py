@@ -57,9 +57,17 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("batches", [1, 3], ids=["", "accumulated"])
-@pytest.mark.parametrize("ramp", [0.0, 0.5], ids=["sparse from the start", "ramp"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "ramp", "batches"),
+    [
+        ("adamw", 0.0, 1),
+        ("adamw", 0.5, 3),
+        ("sgd", 0.0, 3),
+        ("sgd", 0.5, 1),
+        ("rmsprop", 0.0, 1),
+        ("rmsprop", 0.5, 1),
+    ],
+)
 def test_it_recovers_a_planted_support(optimizer: str, ramp: float, batches: int):
     planted = torch.zeros(128, dtype=torch.bool)
     planted[torch.randperm(128)[:32]] = True

@@ -262,18 +262,17 @@ DATA = {
 }
 
 
-@pytest.mark.parametrize(
-    ("model", "memory"), [("llama", "offload"), ("llama", "cpu"), *((model, "cache") for model in DATA)]
-)
-def test_where_the_teacher_is_kept_changes_nothing(model, memory, tmp_path, run):
+@pytest.mark.parametrize("model", DATA)
+def test_where_the_teacher_is_kept_changes_nothing(model, tmp_path, run):
     dense = getattr(checkpoints, model)(tmp_path / "dense")
     spec = {"path": str(DATA[model](tmp_path)), "length": 32, "samples": 12}
     expected, _ = run(dense, spec, "expected", steps=5)
-    found, out = run(dense, spec, memory, steps=5, teacher_memory=memory)
-    # Stored outputs were computed in other batches, with other padding: rounding differs, and Adam magnifies it.
-    assert found[:2] == pytest.approx(expected[:2], rel=1e-3)
-    assert found == pytest.approx(expected, rel=0.05 if memory == "cache" else 2e-4)
-    assert not list(out.rglob("*teacher*"))
+    for memory in ("cache", "offload", "cpu") if model == "llama" else ("cache",):
+        found, out = run(dense, spec, memory, steps=5, teacher_memory=memory)
+        # Stored outputs were computed in other batches, with other padding: rounding differs, and Adam magnifies it.
+        assert found[:2] == pytest.approx(expected[:2], rel=1e-3), memory
+        assert found == pytest.approx(expected, rel=0.05 if memory == "cache" else 2e-4), memory
+        assert not list(out.rglob("*teacher*"))
 
 
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one(tmp_path, run):
