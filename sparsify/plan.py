@@ -132,6 +132,8 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
     for stage in recipe.stages:
         if isinstance(stage, EvaluateStage):
             benchmarks.check(stage.benchmarks, plan.task)
+    if recipe.offload and device.type == "cpu":
+        plan.notes.append("offload: there is no GPU to work on, so nothing is offloaded")
     removed = _plan_layers(recipe, model, plan, device)
     plan.bytes_out = plan.bytes_dense - removed if out is not None else 0
     if any(isinstance(stage, FinetuneStage) for stage in recipe.stages):

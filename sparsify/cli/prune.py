@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
 
 from sparsify.cli import options
 from sparsify.cli.running import run_recipe
+from sparsify.errors import ConfigError
 
 
 def prune(
@@ -122,19 +124,22 @@ def prune(
         "per_position": per_position,
         "reconstruct": reconstruct,
     }
-    recipe = Recipe.oneshot(
-        pruning,
-        option or (),
-        data,
-        length,
-        dense_where_slower,
-        samples,
-        offload=offload,
-        model=model,
-        out=str(out),
-        device=device,
-        dtype=dtype,
-        task=task,
-        trust_remote_code=trust_remote_code,
-    )
+    try:
+        recipe = Recipe.oneshot(
+            pruning,
+            option or (),
+            data,
+            length,
+            dense_where_slower,
+            samples,
+            offload=offload,
+            model=model,
+            out=str(out),
+            device=device,
+            dtype=dtype,
+            task=task,
+            trust_remote_code=trust_remote_code,
+        )
+    except ConfigError as error:  # it tells of stages, and the user wrote options
+        raise ConfigError(re.sub(r"\bstages\.\d+(\.|: )", "", str(error))) from None
     run_recipe(recipe, force=force, resume=resume, dry_run=dry_run, as_json=json)

@@ -62,7 +62,7 @@ class Fault:
 
 def describe(faults: Sequence[Fault], text: RecipeText | None) -> str:
     """All faults as one message: on one line if there is one fault, else one line each, in the file's order."""
-    origin = text.origin if text else "recipe"
+    origin = f"{text.origin}: " if text else ""
 
     def line(fault: Fault) -> int:
         return (text.line(fault.place) if text else None) or 0
@@ -72,8 +72,8 @@ def describe(faults: Sequence[Fault], text: RecipeText | None) -> str:
     ]
     lines = list(dict.fromkeys(lines))
     if len(lines) == 1:
-        return f"{origin}: {lines[0]}"
-    return f"{origin}: {len(lines)} faults\n" + "\n".join(f"  {line}" for line in lines)
+        return f"{origin}{lines[0]}"
+    return f"{origin}{len(lines)} faults\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def from_pydantic(error: ValidationError, model: type[BaseModel]) -> list[Fault]:

@@ -166,6 +166,13 @@ def test_run_takes_settings_from_the_command_line(dense, tmp_path):
     assert set(report["columns"]["pruned"]["latency"]) == {"4"}
 
 
+def test_offloading_without_a_gpu_says_that_it_does_nothing(dense, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = invoke("prune", dense, "--out", tmp_path / "out", "--offload", "--dry-run")
+    assert result.exit_code == 0 and "nothing is offloaded" in result.output
+
+
 def test_dry_run_of_a_recipe_lists_its_stages(dense, tmp_path):
     result = invoke("run", "magnitude_oneshot", "--model", dense, "--out", tmp_path / "out", "--set", "prune.block=32",
                     "--dry-run")  # fmt: skip
