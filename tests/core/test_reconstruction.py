@@ -57,8 +57,9 @@ def error(dense: nn.Module, pruned: nn.Module, data: list[dict[str, torch.Tensor
     return total / size
 
 
-@pytest.mark.parametrize("make", [llama, bert, mixtral])
-@pytest.mark.parametrize("method", ["magnitude", "block_obs"])
+@pytest.mark.parametrize(
+    ("make", "method"), [(llama, "magnitude"), (bert, "block_obs"), (mixtral, "block_obs")]
+)
 def test_the_model_comes_nearer_to_the_dense_one_on_data_it_has_not_seen(make, method):
     dense, data = make(), batches(20)
     plain, better = copy.deepcopy(dense), copy.deepcopy(dense)
