@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 from typer.core import TyperGroup
 
 from sparsify.cli.main import app
+from sparsify.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 # The log tells of files as they were.
@@ -65,6 +67,13 @@ def test_imports_work(page: Path) -> None:
         for part in name.split(".")[1:]:
             whole = f"{found.__name__}.{part}" if hasattr(found, "__path__") else ""
             found = import_module(whole) if whole and util.find_spec(whole) else getattr(found, part)
+
+
+@each_page
+def test_recipes_are_valid(page: Path) -> None:
+    for text in blocks(page, "yaml"):
+        if text.startswith("version:"):
+            Recipe.from_dict(yaml.safe_load(text))
 
 
 def commands(page: Path) -> list[list[str]]:
