@@ -69,7 +69,9 @@ def estimate(recipe: Recipe, plan: Plan) -> list[Estimate]:
     dtype = next(model.parameters()).dtype
     density, packed, found = 1.0, False, []
     for stage in recipe.stages:
-        if isinstance(stage, FinetuneStage):
+        if isinstance(stage, FinetuneStage) and stage.skipped:
+            memory, seconds = 0, 0.0
+        elif isinstance(stage, FinetuneStage):
             training = _training_dtype(stage, device)
             spec = recipe.data.train
             assert spec is not None

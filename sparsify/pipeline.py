@@ -20,9 +20,10 @@ from sparsify.blocks import BlockMask
 from sparsify.calibration.cache import WalkCache
 from sparsify.checkpoint import reader, scratch, writer
 from sparsify.checkpoint.format import REPORT_FILE
+from sparsify.data.spec import classes
 from sparsify.errors import OutputError, SparsifyError
 from sparsify.layers.swap import masks_of
-from sparsify.plan import Plan, make_plan, resolve_device, resolve_task, skeleton, writes
+from sparsify.plan import Plan, make_plan, needs_head, resolve_device, resolve_task, skeleton, writes
 from sparsify.recipe.schema import Recipe
 from sparsify.runtime import processes
 from sparsify.runtime.interruptions import Interrupted, Terminated, memory_told, stoppable
@@ -107,13 +108,9 @@ def _plan_of_others(recipe: Recipe) -> Plan:
     """What a process needs to know that leaves checks, notes and writing to the first one."""
     assert recipe.model is not None
     model = skeleton(recipe)
-    return Plan(
-        recipe.model,
-        type(model).__name__,
-        resolve_task(recipe.task, recipe.model, type(model).__name__),
-        None,
-        [],
-    )
+    task = resolve_task(recipe.task, recipe.model, type(model).__name__)
+    head = needs_head(recipe, model, task)
+    return Plan(recipe.model, type(model).__name__, task, None, [], new_head=head)
 
 
 def _run(recipe: Recipe, plan: Plan, work: WorkFolder | None, force: bool, progress: Progress) -> RunResult:
@@ -190,7 +187,7 @@ class _Run:
         for index in range(self.finished, len(stages)):
             stage = stages[index]
             state.index = index
-            self._prepare_training(stage.stage)
+            self._prepare_training(index)
             torch.manual_seed(self.recipe.seed + index)
             self.progress.stage(index, len(stages), stage.stage)
             kept = (
@@ -230,10 +227,15 @@ class _Run:
             complete = not any(stage.stage == "finetune" for stage in recipe.stages)
             home = torch.device("cpu") if recipe.offload else device
             drawn = recipe.from_scratch and source == recipe.model
+            trust, labels = recipe.trust_remote_code, None
+            if self.plan.new_head and source == recipe.model:
+                assert recipe.data.train is not None and self.plan.task is not None
+                labels = classes(recipe.data.train, self.plan.task)
             if drawn:
-                model = scratch.draw(source, home, dtype, task, recipe.trust_remote_code, recipe.seed)
+                model = scratch.draw(source, home, dtype, task, trust, recipe.seed, labels)
             else:
-                model = reader.load(source, home, dtype, task, recipe.trust_remote_code, complete)
+                torch.manual_seed(recipe.seed)  # of a head that the checkpoint lacks
+                model = reader.load(source, home, dtype, task, trust, complete, labels)
             reader.check_weights(model)
             processor = reader.load_processor(recipe.model, recipe.trust_remote_code)
         state = State(
@@ -260,9 +262,11 @@ class _Run:
                 pack(state)
         return state
 
-    def _prepare_training(self, stage: str) -> None:
-        if stage != "finetune" or self.work is None:
+    def _prepare_training(self, index: int) -> None:
+        if self.recipe.stages[index].stage != "finetune" or self.work is None:
             return
+        dense = self.recipe.taught_by(index)
+        self.state.teacher = None if dense is None else self.work.path / f"{dense + 1}-weights"
         self.state.trainer_folder = self.work.trainer_folder(self.state.index)
         self.state.resume = last_trainer_checkpoint(self.state.trainer_folder)
         if self.state.resume is not None:
@@ -281,7 +285,8 @@ class _Run:
         if state.changed:
             weights = f"{label}-weights"
             self.work.create()
-            writer.save(state.model, self.work.path / weights, force=True)
+            # With its tokenizer it is a whole checkpoint, which may be a teacher later.
+            writer.save(state.model, self.work.path / weights, processor=state.processor, force=True)
             state.changed = False
         if state.masks:
             masks = f"{label}-masks.safetensors"
@@ -292,6 +297,7 @@ class _Run:
             "masks": masks,
             "packed": state.packed,
             "trainer": self.work.trainer_folder(state.index).name if training else None,
+            "teachers": [f"{dense + 1}-weights" for dense in self._teachers()],
             "columns": state.columns,
             "history": state.history,
             "notes": state.notes,
@@ -302,6 +308,12 @@ class _Run:
             "permuted": state.permuted,
         }
         self.work.write(self.saved)
+
+    def _teachers(self) -> set[int]:
+        """The finished stages whose results teach stages to come."""
+        later = range(self.finished, len(self.recipe.stages))
+        taught = (self.recipe.taught_by(index) for index in later)
+        return {dense for dense in taught if dense is not None and dense < self.finished}
 
     def _write(self, force: bool) -> Path:
         """Writes the checkpoint with recipe and report, then puts the files' real sizes into the report."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,7 @@ class Plan:
         bytes_out: Estimated bytes of the weights to be written.
         bytes_work: Estimated bytes of the work folder while the run goes on.
         notes: What the user should know before the run.
+        new_head: Whether the model gets a classification head for the classes of `data.train`.
     """
 
     model: str
@@ -77,6 +79,7 @@ class Plan:
     bytes_out: int = 0
     bytes_work: int = 0
     notes: list[str] = field(default_factory=list)
+    new_head: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -119,7 +122,7 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
         architecture=type(model).__name__,
         task=resolve_task(recipe.task, recipe.model, type(model).__name__),
         out=out,
-        stages=[describe(stage) for stage in recipe.stages],
+        stages=[describe(recipe, index) for index in range(len(recipe.stages))],
         bytes_dense=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
     )
     if recipe.from_scratch:
@@ -127,7 +130,9 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
             f"from_scratch: weights are drawn anew with seed {recipe.seed}, not read from {recipe.model}"
         )
     _needs_task(recipe, plan)
-    _check_teachers(recipe, plan.task)
+    plan.new_head = needs_head(recipe, model, plan.task)
+    _check_head(recipe, plan)
+    _check_teachers(recipe, plan)
     _check_adapters(recipe)
     for stage in recipe.stages:
         if isinstance(stage, EvaluateStage):
@@ -136,10 +141,11 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
         plan.notes.append("offload: there is no GPU to work on, so nothing is offloaded")
     removed = _plan_layers(recipe, model, plan, device)
     plan.bytes_out = plan.bytes_dense - removed if out is not None else 0
-    if any(isinstance(stage, FinetuneStage) for stage in recipe.stages):
+    if _trains(recipe):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         trainer = CHECKPOINTS_AT_ONCE * CHECKPOINT_BYTES_PER_PARAMETER * parameters
-        plan.bytes_work = trainer + plan.bytes_dense
+        teachers = {recipe.taught_by(index) for index in range(len(recipe.stages))} - {None}
+        plan.bytes_work = trainer + plan.bytes_dense * (1 + len(teachers))
     if out is not None:
         writer.check_output(out, force, plan.bytes_out + plan.bytes_work)
     return plan
@@ -203,6 +209,30 @@ def resolve_task(task: str, model: str, architecture: str) -> str | None:
     return "sentence-embedding" if is_encoder and architecture.endswith("Model") else None
 
 
+CLASSIFICATIONS = ("sequence-classification", "image-classification", "speech-classification")
+
+
+def needs_head(recipe: Recipe, model: nn.Module, task: str | None) -> bool:
+    """Whether a classifier gets a head for the classes of its training data.
+
+    Args:
+        recipe: The recipe.
+        model: What `skeleton` made of it; its config tells what the checkpoint was saved from.
+        task: The recipe's task, not `auto`.
+    """
+    if task not in CLASSIFICATIONS or recipe.data.train is None:
+        return False
+    config: Any = model.config
+    saved = config.architectures or []
+    # Of a checkpoint that does not say what it was saved from, whatever it has stays.
+    has_head = not saved or task in {resolve_task("auto", recipe.model or "", name) for name in saved}
+    return recipe.classes == "data" or (_trains(recipe) and not has_head)
+
+
+def _trains(recipe: Recipe) -> bool:
+    return any(isinstance(stage, FinetuneStage) and not stage.skipped for stage in recipe.stages)
+
+
 def skeleton(recipe: Recipe) -> nn.Module:
     """The recipe's model on the meta device: every module and shape, no weights.
 
@@ -247,16 +277,21 @@ def skeleton(recipe: Recipe) -> nn.Module:
         raise CheckpointError(f"cannot make the model of {recipe.model}: {reason}") from error
 
 
-def describe(stage: Any) -> str:
+def describe(recipe: Recipe, index: int) -> str:
     """A stage in one line."""
+    stage = recipe.stages[index]
     if isinstance(stage, CalibrateStage):
         enough = "as many samples as hold 65,536 tokens, or 128 without tokens"
         return f"calibrate: {f'{stage.samples} samples' if stage.samples else enough}"
     if isinstance(stage, PruneStage):
         return f"prune: {_pruning(stage)}"
+    if isinstance(stage, FinetuneStage) and stage.skipped:
+        return "finetune: left out"
     if isinstance(stage, FinetuneStage):
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
-        how = f"searching with {_pruning(stage.pruner)}" if stage.pruner else f"healing ({stage.heal})"
+        how = f"healing ({stage.heal})" if _prunes(recipe.stages[:index]) else "all weights that are there"
+        if stage.pruner is not None:
+            how = f"searching with {_pruning(stage.pruner)}"
         if stage.lora is not None:
             how = f"low-rank updates of packed blocks, rank {stage.lora.rank}"
         if stage.distill is not None:
@@ -267,6 +302,10 @@ def describe(stage: Any) -> str:
     if isinstance(stage, EvaluateStage):
         return "evaluate" + (f": {stage.label}" if stage.label else "")
     return stage.stage
+
+
+def _prunes(stages: Sequence[Any]) -> bool:
+    return any(isinstance(stage, PruneStage) or getattr(stage, "pruner", None) for stage in stages)
 
 
 def _pruning(settings: Pruning) -> str:
@@ -281,7 +320,7 @@ def _pruning(settings: Pruning) -> str:
 def _packs(stage: Any) -> bool:
     if isinstance(stage, ConvertStage):
         return stage.format == "block_sparse"
-    return isinstance(stage, FinetuneStage) and stage.heal == "packed"
+    return isinstance(stage, FinetuneStage) and stage.heal == "packed" and not stage.skipped
 
 
 def _needs_task(recipe: Recipe, plan: Plan) -> None:
@@ -295,20 +334,41 @@ def _needs_task(recipe: Recipe, plan: Plan) -> None:
         )
 
 
+def _check_head(recipe: Recipe, plan: Plan) -> None:
+    """Checks that classes from the data are for a classifier, and that something trains its new head."""
+    if recipe.classes == "data" and not plan.new_head:
+        raise ConfigError(
+            f"classes: data is for the tasks {', '.join(CLASSIFICATIONS)} with data.train; this recipe's task is "
+            f"{plan.task}{'' if recipe.data.train else ', without data.train'}"
+        )
+    if not plan.new_head:
+        return
+    if not _trains(recipe):
+        raise ConfigError("classes: data makes a new head, and no finetune stage trains it: add one")
+    plan.notes.append("classes: the head is made for the labels of data.train")
+
+
 def _check_adapters(recipe: Recipe) -> None:
     if any(getattr(stage, "lora", None) is not None for stage in recipe.stages) and find_spec("peft") is None:
         raise ConfigError("lora needs PEFT, which is not installed: pip install 'block-sparsify[peft]'")
 
 
-def _check_teachers(recipe: Recipe, task: str | None) -> None:
+def _check_teachers(recipe: Recipe, plan: Plan) -> None:
     """Checks what can be known of the teachers without loading them."""
     from sparsify.training.distillation import Weights
     from sparsify.training.teacher_cache import check_cacheable
 
-    for stage in recipe.stages:
+    task = plan.task
+    for index, stage in enumerate(recipe.stages):
         settings = getattr(stage, "distill", None)
         if settings is None or task is None:
             continue
+        if plan.new_head and settings.teacher is None and recipe.taught_by(index) is None:
+            raise ConfigError(
+                f"stage {index} learns from {recipe.model}, whose head for {task} would be new and know nothing: train "
+                f"the dense model in a finetune stage before the first pruning (in the recipes that begin with one, "
+                f"--set stages.0.epochs=3), or name a trained teacher as distill.teacher"
+            )
         Weights.of(settings, task)
         if settings.teacher_memory == "cache":
             check_cacheable(task, recipe.data.train is not None and recipe.data.train.stream)

@@ -174,6 +174,7 @@ def load(
     task: str | None = None,
     trust_remote_code: bool = False,
     complete: bool = False,
+    label2id: Mapping[str, int] | None = None,
 ) -> PreTrainedModel:
     """Loads a checkpoint, dense or block-sparse, as `from_pretrained` of the right class does.
 
@@ -185,10 +186,11 @@ def load(
         trust_remote_code: Run the Python code that comes with the checkpoint, where transformers has none for it.
         complete: Refuse a checkpoint that lacks parameters of the model's repeated blocks, because nothing will
             train them. (Many encoders lack the pooler that their class has and nobody uses.)
+        label2id: Classes of a classifier, instead of the checkpoint's; a head of another size is drawn anew.
 
     Returns:
         The model in evaluation mode. Parameters that the checkpoint lacks, such as a new head, are random; a warning
-        names them.
+        names them, unless `label2id` asks for the head.
 
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, unsafe, or does not fit the task.
@@ -205,6 +207,8 @@ def load(
         options["device_map"] = device if str(device) == "auto" else {"": device}
     if trust_remote_code and model_class.startswith("Auto"):
         options["trust_remote_code"] = True
+    if label2id is not None:
+        options |= {**labels_of(label2id), "ignore_mismatched_sizes": True}
     try:
         model, found = getattr(transformers, model_class).from_pretrained(
             folder, output_loading_info=True, **options
@@ -213,16 +217,30 @@ def load(
         raise
     except Exception as error:  # whatever a damaged config makes transformers stumble over
         raise CheckpointError(f"cannot load {path} as {model_class}: {first_line(error)}") from error
+    wrong = sorted(key for key, *_ in found["mismatched_keys"] if _in_repeated_block(key))
+    if wrong:
+        raise CheckpointError(f"cannot load {path}: {wrong[0]} has another shape than config.json says")
     missing = sorted(found["missing_keys"])
-    if missing:
+    asked_for = label2id is not None and not any(map(_in_repeated_block, missing))
+    if missing and not asked_for:
         lack = (
             f"{path} has no weights for {len(missing)} of the parameters of {type(model).__name__} (the first is "
             f"{missing[0]})"
         )
-        if complete and any(part.isdecimal() for name in missing for part in name.split(".")):
+        if complete and any(map(_in_repeated_block, missing)):
             raise CheckpointError(f"{lack}: they would be random; is its config.json that of another model?")
         warnings.warn(f"{lack}: they are random until they are trained", stacklevel=2)
     return model
+
+
+def labels_of(label2id: Mapping[str, int]) -> dict[str, Any]:
+    """Settings of a config whose head has these classes."""
+    id2label = {number: name for name, number in label2id.items()}
+    return {"id2label": id2label, "label2id": dict(label2id), "num_labels": len(id2label)}
+
+
+def _in_repeated_block(name: str) -> bool:
+    return any(part.isdecimal() for part in name.split("."))
 
 
 def load_processor(path: str | Path, trust_remote_code: bool = False) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from sparsify.checkpoint.reader import TASKS, first_line
+from sparsify.checkpoint.reader import TASKS, first_line, labels_of
 from sparsify.checkpoint.sources import local_folder, read_config
 from sparsify.errors import CheckpointError
 
@@ -22,6 +23,7 @@ def draw(
     task: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    label2id: Mapping[str, int] | None = None,
 ) -> PreTrainedModel:
     """Builds the model that a checkpoint's `config.json` describes, with random weights as its class initialises them.
 
@@ -34,6 +36,7 @@ def draw(
         task: A recipe's task; by default the class that the config names.
         trust_remote_code: Run the Python code that comes with the checkpoint, where transformers has none for it.
         seed: Decides the weights.
+        label2id: Classes of a classifier, instead of the config's.
 
     Returns:
         The model in evaluation mode.
@@ -49,7 +52,11 @@ def draw(
             f"{path} is quantized or block-sparse: from_scratch needs the config of a dense model"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(
+            folder,
+            trust_remote_code=trust_remote_code,
+            **(labels_of(label2id) if label2id is not None else {}),
+        )
         precise = getattr(torch, dtype) if dtype is not None else config.dtype or torch.float32
         named = [name for name in config.architectures or [] if hasattr(transformers, name)]
         # The seed of whoever calls stays as it is.

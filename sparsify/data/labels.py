@@ -58,6 +58,26 @@ class Classes:
         return self.numbers[str(label)]
 
 
+def number_labels(labels: Iterable[Any], spec: Source) -> dict[str, int]:
+    """Class numbers for a head that is made for the labels: words in sorted order; numbers are what they are.
+
+    Raises:
+        DataError: If the labels are of fewer than two classes, or are no classes, such as 0.5.
+    """
+    found = {str(label) for label in labels}
+    words = sorted(found - {label for label in found if re.fullmatch(r"\d+", label)})
+    odd = next((word for word in words if _is_number(word) or len(words) < len(found)), None)
+    if odd is not None:
+        raise DataError(
+            f"{title(spec)}: label {odd!r} cannot be the name of a class beside numbers, nor a class number: give "
+            f"words alone, or whole numbers from 0"
+        )
+    names = words or [f"LABEL_{number}" for number in range(max(map(int, found), default=-1) + 1)]
+    if len(names) < 2:
+        raise DataError(f"{title(spec)} has {len(names)} class: a classifier needs at least 2")
+    return {name: number for number, name in enumerate(names)}
+
+
 def class_numbers(labels: Sequence[Any], label2id: Mapping[str, int] | None, spec: Source) -> list[int]:
     """The class numbers of all labels of a source."""
     classes = Classes(label2id, labels, spec)

@@ -154,7 +154,21 @@ def _opened(media: dict[str, Any]) -> Any:
 
 
 def _samples(spec: Source, kind: Kind, label2id: dict[str, int] | None) -> Dataset:
-    from datasets import ClassLabel, Dataset
+    from datasets import Dataset
+
+    media, labels = labelled_media(spec, kind, label2id)
+    return Dataset.from_dict({"media": media, "labels": class_numbers(labels, label2id, spec)})
+
+
+def labelled_media(
+    spec: Source, kind: Kind, label2id: dict[str, int] | None = None
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Files or bytes and their labels, as the source has them.
+
+    Raises:
+        DataError: If there are none, or a file is missing.
+    """
+    from datasets import ClassLabel
 
     path = None if spec.path is None else Path(spec.path)
     if path is not None and is_media(path):
@@ -172,7 +186,7 @@ def _samples(spec: Source, kind: Kind, label2id: dict[str, int] | None) -> Datas
     media, labels = media[: spec.samples], labels[: spec.samples]
     if not media:
         raise DataError(f"{title(spec)} holds no {kind.name}")
-    return Dataset.from_dict({"media": media, "labels": class_numbers(labels, label2id, spec)})
+    return media, labels
 
 
 def _folder(path: Path, kind: Kind, spec: Source) -> tuple[list[dict[str, Any]], list[Any]]:

@@ -36,15 +36,19 @@ from sparsify.data.labelled import (
     sentence_rows,
     target_token_rows,
 )
+from sparsify.data.labels import number_labels
 from sparsify.data.media import (
+    IMAGES,
     MEDIA_SUFFIXES,
+    SOUNDS,
     image_samples,
     is_media,
+    labelled_media,
     media_files,
     speech_samples,
     undecoded,
 )
-from sparsify.data.tables import TEXT_COLUMNS, Source, read_table, rows_of, text_of, title
+from sparsify.data.tables import LABEL_COLUMNS, TEXT_COLUMNS, Source, read_table, rows_of, text_of, title
 from sparsify.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +60,7 @@ __all__ = [
     "Source",
     "causal_blocks",
     "check",
+    "classes",
     "classification_samples",
     "fingerprint",
     "image_samples",
@@ -146,6 +151,24 @@ def check(spec: Source) -> None:
         )
     else:
         data_files(path)
+
+
+def classes(spec: Source, task: str) -> dict[str, int]:
+    """Class numbers of a classification's labels, for a head that is made for these data.
+
+    Raises:
+        DataError: If the source cannot be read, is streamed, or its labels are no classes.
+    """
+    if spec.stream:
+        raise DataError(
+            f"{title(spec)} is streamed, and the classes of a new head are known when all labels have been read: leave "
+            f"`stream` out, or put label2id into the config.json of a model with a head"
+        )
+    if task == "sequence-classification":
+        rows = rows_of(spec, LABEL_COLUMNS, "columns of texts and labels")
+        return number_labels((label for _, label in islice(rows, spec.samples)), spec)
+    kind = IMAGES if task == "image-classification" else SOUNDS
+    return number_labels(labelled_media(spec, kind)[1], spec)
 
 
 def fingerprint(spec: Source) -> str:

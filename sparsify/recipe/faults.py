@@ -175,7 +175,7 @@ def order_faults(data: Mapping[str, Any]) -> list[Fault]:
             )
     names = [stage.get("stage") for stage in stages]
     prunes = [stage.get("stage") == "prune" or stage.get("pruner") is not None for stage in stages]
-    packed = False
+    packed = trained = False
     for index, (stage, name) in enumerate(zip(stages, names, strict=True)):
         if prunes[index] and packed:
             fault(
@@ -193,17 +193,16 @@ def order_faults(data: Mapping[str, Any]) -> list[Fault]:
             if not sources.get("train"):
                 fault(index, "finetune needs data.train")
             distill = stage.get("distill")
-            if (
-                data.get("from_scratch") is True
-                and isinstance(distill, Mapping)
-                and not distill.get("teacher")
-            ):
+            untaught = isinstance(distill, Mapping) and not distill.get("teacher")
+            if data.get("from_scratch") is True and untaught and not trained:
                 fault(
                     index,
                     "the recipe's model begins with random weights (from_scratch), so it cannot teach: name a "
-                    "trained checkpoint as `teacher`",
+                    "trained checkpoint as `teacher`, or train it in a finetune stage before the first pruning",
                     "distill",
                 )
+            some = stage.get("steps") not in (0, None) or stage.get("epochs") not in (0, None)
+            trained = trained or (some and not any(prunes[: index + 1]))
             train = sources.get("train")
             if isinstance(train, Mapping) and train.get("stream") and stage.get("steps") is None:
                 fault(index, "data.train is streamed, so its length is not known: give `steps`, not `epochs`")

@@ -263,8 +263,8 @@ class FinetuneStage(Strict):
     """Trains with the Hugging Face Trainer: with a `pruner` it searches the mask, without one it heals.
 
     Attributes:
-        steps: Optimizer steps; give this or `epochs`.
-        epochs: Passes over the training data.
+        steps: Optimizer steps; give this or `epochs`. 0 leaves the stage out.
+        epochs: Passes over the training data; 0 leaves the stage out.
         batch: Samples in one forward pass.
         accumulate: Forward passes in one optimizer step.
         learning_rate: Peak learning rate.
@@ -286,8 +286,8 @@ class FinetuneStage(Strict):
     """
 
     stage: Literal["finetune"]
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=0)
+    epochs: float | None = Field(default=None, ge=0)
     batch: int = Field(default=8, ge=1)
     accumulate: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=5e-4, gt=0)
@@ -308,7 +308,14 @@ class FinetuneStage(Strict):
     def _one_length(self) -> FinetuneStage:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("needs exactly one of `steps` and `epochs`")
+        if self.skipped and self.pruner is not None:
+            raise ValueError("a stage without steps cannot prune: give it some, or take its `pruner` away")
         return self
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the stage is left out."""
+        return self.steps == 0 or self.epochs == 0
 
     @field_validator("trainer")
     @classmethod
@@ -376,6 +383,8 @@ class Recipe(Strict):
         model: Local folder or hub id of the dense checkpoint.
         out: Folder to write; must not exist or be empty, unless the run is forced.
         task: What the model is for; decides its head, its loss and its quality measure. `auto` reads the checkpoint.
+        classes: Of a classifier: `auto` keeps the checkpoint's, and takes those of `data.train` for a model without a
+            head, which gets one; `data` takes those of `data.train`, and draws a head of another size anew.
         device: `auto` (GPU if there is one), or any torch device.
         dtype: `auto` (the checkpoint's), or a torch dtype's name.
         offload: Keep the model in main memory while it is pruned with calibration data, and bring one transformer
@@ -396,6 +405,7 @@ class Recipe(Strict):
     model: str | None = None
     out: str | None = None
     task: Task = "auto"
+    classes: Literal["auto", "data"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     offload: bool = False
@@ -412,6 +422,22 @@ class Recipe(Strict):
             if faults:
                 raise ValueError("; ".join(str(fault) for fault in faults))
         return self
+
+    def taught_by(self, index: int) -> int | None:
+        """The stage whose result teaches stage `index`: the last training of the dense model before it, if any.
+
+        `None` if the stage has no teacher, or another one: the recipe's model, or a checkpoint that it names.
+        """
+        distill = getattr(self.stages[index], "distill", None)
+        if distill is None or distill.teacher is not None:
+            return None
+        taught = None
+        for earlier, stage in enumerate(self.stages[:index]):
+            if isinstance(stage, PruneStage) or getattr(stage, "pruner", None) is not None:
+                break
+            if isinstance(stage, FinetuneStage) and not stage.skipped:
+                taught = earlier
+        return taught
 
     @classmethod
     def load(

@@ -91,6 +91,7 @@ class WorkFolder:
         with self._writing(STATE_FILE):
             replace_text(self.path / STATE_FILE, text)
         wanted = {STATE_FILE, state.get("weights"), state.get("masks"), state.get("trainer")}
+        wanted |= {*state.get("teachers", ())}
         for entry in self.path.iterdir():
             if entry.name not in wanted:
                 remove(entry)

@@ -29,6 +29,8 @@ from sparsify.training.sharding import fill, freeze_empty, gathered, spare
 
 def run(stage: FinetuneStage, state: State) -> None:
     """Trains the model as the stage says; the state is stored before the first step."""
+    if stage.skipped:
+        return
     spec = state.recipe.data.train
     assert spec is not None
     with state.progress.task("reading training data"):
@@ -52,7 +54,7 @@ def _distilled(settings: Distill, batch: int, state: State, samples: Samples) ->
 
     recipe, task = state.recipe, state.task
     assert recipe.model is not None and task is not None
-    source = recipe.model
+    source = str(state.teacher or recipe.model)
     weights = Weights.of(settings, task)
 
     def load() -> nn.Module:

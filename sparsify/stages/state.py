@@ -45,6 +45,7 @@ class State:
         trained: Whether weights have been trained since the last masks.
         changed: Whether the weights differ from the source by more than masks and packing.
         trainer_folder: Folder for the Trainer's checkpoints of the stage that runs.
+        teacher: The dense model as an earlier stage trained it, if the stage that runs learns from that.
         resume: The Trainer's checkpoint from which the stage that runs goes on.
         keep: Stores the state, so that an interruption from here on loses nothing before it.
     """
@@ -71,6 +72,7 @@ class State:
     trained: bool = False
     changed: bool = False
     trainer_folder: Path = Path("trainer")
+    teacher: Path | None = None
     resume: Path | None = None
     keep: Callable[[], None] = lambda: None
 

@@ -27,7 +27,7 @@ def load_teacher(
 
     Args:
         settings: The recipe's `distill` section.
-        source: The recipe's own model, which teaches where the section names no other.
+        source: The recipe's own dense model, which teaches where the section names no other.
         task: A recipe's task, not `auto`.
         processor: The student's tokenizer, image processor or feature extractor.
         device: Where the student is trained.
