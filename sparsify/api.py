@@ -136,6 +136,7 @@ def prune(
     from sparsify.permutation import permute as reorder
     from sparsify.preparation import budget, prepare
     from sparsify.pruner import create_pruner, default_method
+    from sparsify.recipe import record
     from sparsify.stages.prune import prune_layers
 
     shape = BlockShape.parse(block)
@@ -186,6 +187,7 @@ def prune(
     if convert:
         swap.convert(model, masks)
         _attach(model)
+    record.remember(model, settings, calibrated=calibration is not None)
     return PruneResult(masks, selection.dense, permuted)
 
 
@@ -242,19 +244,22 @@ def apply(model: nn.Module, masks: Mapping[str, BlockMask], *, convert: bool = T
         convert: As in `prune`.
 
     Raises:
-        ConfigError: If there is no mask, or one names no dense weight or does not fit it. The model is unchanged then.
+        ConfigError: If there is no mask, or one names no dense weight, does not fit it, or is for a weight that two
+            modules share. The model is unchanged then.
     """
     import torch
 
     from sparsify.calibration.sequential import remove_blocks
     from sparsify.layers import swap
     from sparsify.layers.kinds import every_matrix
+    from sparsify.targets import address, shared_weights
 
     if not masks:
         raise ConfigError("there are no masks to apply: give at least one, by its layer's name")
     found = {
         layer.name: layer for name, module in model.named_modules() for layer in every_matrix(name, module)
     }
+    shared = shared_weights(model)
     for name, mask in masks.items():
         if name not in found:
             raise ConfigError(
@@ -263,6 +268,13 @@ def apply(model: nn.Module, masks: Mapping[str, BlockMask], *, convert: bool = T
         if mask.shape != found[name].shape:
             shapes = f"its weight is {found[name].shape}, the mask is for {mask.shape}"
             raise ConfigError(f"cannot apply the mask of {name}: {shapes}")
+        owners = shared.get(address(found[name].parameter), ())
+        if owners:
+            other = next((owner for owner in owners if owner != found[name].module_name), owners[0])
+            raise ConfigError(
+                f"cannot apply the mask of {name}: it shares its weight with {other}, and a shared weight has to stay "
+                f"dense; leave the mask out, or untie the two (tie_word_embeddings: false) first"
+            )
     if convert:
         swap.convert(model, dict(masks))
         _attach(model)
@@ -310,7 +322,8 @@ def save(model: nn.Module, out: str | Path, *, processor: Any = None, force: boo
     """Writes a model, with block-sparse layers or without, as a checkpoint folder; all of it or nothing.
 
     Args:
-        model: A transformers model, or any module; that one `load(out, model=MyModel(...))` reads again.
+        model: A transformers model, or any module; that one `load(out, model=MyModel(...))` reads again. How `prune`
+            made it is written beside the weights, as a recipe.
         out: Folder to write; it must not exist, or be empty.
         processor: Tokenizer, image processor or feature extractor to save beside the weights.
         force: Replace an existing checkpoint in `out`; the old one stays until the new one is complete.
@@ -323,8 +336,9 @@ def save(model: nn.Module, out: str | Path, *, processor: Any = None, force: boo
         ConfigError: If `model` is none that can be written.
     """
     from sparsify.checkpoint import writer
+    from sparsify.recipe import record
 
-    return writer.save(model, out, processor=processor, force=force)
+    return writer.save(model, out, processor=processor, recipe=record.recorded(model), force=force)
 
 
 def densify(

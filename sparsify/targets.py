@@ -113,7 +113,7 @@ class _Request:
         if targets is not None:
             self.wanted = [_Pattern(model, text, self.candidates) for text in targets]
         self.unwanted = [_Pattern(model, text, self.candidates, "ignore") for text in ignore or ()]
-        self.shared = _shared_weights(model)
+        self.shared = shared_weights(model)
         self.output = _output_embedding(model)
         self.repeated = _inside_module_lists(model)
         matrices = [c for c in self.candidates if c.layers and not c.is_embedding]
@@ -126,7 +126,7 @@ class _Request:
             return UNNAMED
         if any(pattern.matches(layer) for pattern in self.unwanted):
             return "ignored"
-        owners = self.shared.get(_address(layer.parameter))
+        owners = self.shared.get(address(layer.parameter))
         if owners is not None:
             other = next((name for name in owners if name != layer.module_name), layer.module_name)
             if any(pattern.text == layer.name for pattern in self.wanted or ()):
@@ -246,15 +246,15 @@ class _Pattern:
         return any(".".join(parts[:end]) in self.roots for end in range(len(parts) + 1))
 
 
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+def shared_weights(model: nn.Module) -> dict[int, list[str]]:
     """Names of the modules that hold a parameter, for each parameter (by its address) that has more than one."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(_address(parameter), []).append(name.rpartition(".")[0])
+        owners.setdefault(address(parameter), []).append(name.rpartition(".")[0])
     return {key: names for key, names in owners.items() if len(names) > 1}
 
 
-def _address(parameter: nn.Parameter) -> int:
+def address(parameter: nn.Parameter) -> int:
     """Where a parameter begins in memory, for two may share it; of one that is in no memory, which object it is."""
     if isinstance(parameter, nn.UninitializedParameter) or parameter.device.type == "meta":
         return id(parameter)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sparsify
+from sparsify.blocks import BlockMask, BlockShape
 from sparsify.data.spec import DataSpec
 from sparsify.errors import BlockShapeError, ConfigError, PrunerError, TargetError
 from sparsify.layers.swap import sparse_modules
@@ -156,3 +157,48 @@ def test_evaluation_says_where_sparse_is_slower():
     (note,) = _slower(models, {"dense": dense, "sparse": {"latency": {"1": 3.0, "256": 4.0}}})
     assert note.startswith("sparse is slower than dense at 1 token; `sparsify bench`")
     assert not _slower(models, {"dense": dense, "sparse": {"latency": {"1": 1.0, "256": 4.0}}})
+
+
+def test_saving_tells_how_prune_made_the_model(dense, tmp_path):
+    model = sparsify.load(dense)
+    sparsify.prune(model, block=32, sparsity=0.4, targets=["re:mlp"], scope="layer")
+    sparsify.save(model, tmp_path / "saved")
+    recipe = sparsify.Recipe.load(tmp_path / "saved" / "sparsify_recipe.yaml")
+    result = sparsify.run(recipe, out=tmp_path / "again")
+    assert checkpoints.digests(tmp_path / "saved", "model.safetensors", "config.json") == checkpoints.digests(
+        result.out, "model.safetensors", "config.json"
+    )
+    sparsify.save(sparsify.load(dense), tmp_path / "dense-again")
+    assert not (tmp_path / "dense-again" / "sparsify_recipe.yaml").exists()
+
+
+def test_a_recipe_of_two_prunings_with_calibration_says_what_it_lacks(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    sparsify.prune(model, block=16, targets=["0"], convert=False)
+    batches = [{"input": torch.randn(8, 64)} for _ in range(2)]
+    sparsify.prune(model, block=32, targets=["2"], method="wanda", calibration=batches)
+    sparsify.save(model, tmp_path / "saved")
+    file = tmp_path / "saved" / "sparsify_recipe.yaml"
+    assert "calibrated with batches given in Python" in file.read_text()
+    with pytest.raises(ConfigError, match=r"calibrate needs data\.calibration"):
+        sparsify.Recipe.load(file)
+    spec = {"path": str(checkpoints.text(tmp_path))}
+    stages = sparsify.Recipe.load(file, [], {"data": {"calibration": spec}}).stages
+    assert [stage.stage for stage in stages] == ["prune", "calibrate", "prune", "convert"]
+    assert [(stages[0].method, str(stages[0].block)), (stages[2].method, str(stages[2].block))] == [
+        ("magnitude", "16x16"),
+        ("wanda", "32x32"),
+    ]
+
+
+def test_apply_refuses_a_shared_weight_and_changes_nothing(dense):
+    model = sparsify.load(dense)
+    layers = [layer for layer, _ in sparsify.score(model, block=32, targets=["re:up_proj"])]
+    masks = {layer.name: BlockMask.full(layer.shape, layer.block, False) for layer in layers}
+    head = BlockMask.full(tuple(model.lm_head.weight.shape), BlockShape(32, 32), False)
+    for convert in (True, False):
+        message = r"cannot apply the mask of lm_head: it shares its weight with model\.embed_tokens"
+        with pytest.raises(ConfigError, match=message):
+            sparsify.apply(model, {**masks, "lm_head": head}, convert=convert)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.any()
+    assert not sparse_modules(model) and all(layer.weight.any() for layer in layers)
