@@ -69,8 +69,8 @@ def test_pruned_inspected_and_made_dense_again(resnet: Path, tmp_path: Path, opt
 
 def test_trained_by_the_recipe_for_pictures(resnet: Path, tmp_path: Path) -> None:
     pictures = checkpoints.pictures(tmp_path)
-    steps = [f"stages.{stage}.{key}" for stage in (1, 3) for key in ("steps=3", "epochs=", "batch=4")]
-    settings = [*steps, "stages.1.pruner.block=32x32", "stages.3.heal=packed"]
+    steps = [f"stages.{stage}.{key}" for stage in (2, 4) for key in ("steps=3", "epochs=", "batch=4")]
+    settings = [*steps, "stages.2.pruner.block=32x32", "stages.4.heal=packed"]
     settings += [f"data.{use}.path={pictures}" for use in ("train", "eval")]
     sets = [part for setting in settings for part in ("--set", setting)]
     report = _call("run", "vit_classification", "--model", resnet, "--out", tmp_path / "out", *sets)["report"]
