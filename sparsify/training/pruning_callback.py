@@ -152,7 +152,16 @@ class SparsifyCallback(PruningCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Selects the layers, then starts, or goes on where a checkpoint left off."""
+        """Selects the layers, then starts, or goes on where a checkpoint left off.
+
+        Raises:
+            ConfigError: If the Trainer would bring back the weights of an earlier checkpoint in the end.
+        """
+        if args.load_best_model_at_end:
+            raise ConfigError(
+                "load_best_model_at_end would bring back weights of a step with other masks, perhaps of the dense "
+                "model: leave it off while pruning, and choose the best checkpoint of a training after finish()"
+            )
         fresh = state.global_step == 0
         model: nn.Module = unwrapped(kwargs["model"])
         self._loop = PruningLoop(**make_loop(model, self.search, self._calibration, fresh))

@@ -12,7 +12,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import sparsify
 from sparsify import SparsifyCallback, SparsifyLoop
@@ -202,6 +202,15 @@ def test_what_cannot_be_pruned_is_told_in_one_line(arguments: dict, message: str
         )
         make_trainer(make_model(), tmp_path, callback).train()
     assert "\n" not in str(told.value)
+
+
+def test_a_trainer_that_brings_back_its_best_checkpoint_is_refused(tmp_path: Path):
+    steps = {"save_strategy": "steps", "eval_strategy": "steps", "use_cpu": True}
+    arguments = TrainingArguments(str(tmp_path), load_best_model_at_end=True, **steps)
+    with pytest.raises(ConfigError, match="load_best_model_at_end would bring back weights"):
+        SparsifyCallback(**SETTINGS).on_train_begin(
+            arguments, TrainerState(max_steps=STEPS), TrainerControl(), model=make_model()
+        )
 
 
 def test_a_pruner_that_needs_inputs_gets_them_from_calibration_batches(tmp_path: Path):
