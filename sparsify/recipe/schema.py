@@ -307,8 +307,8 @@ class FinetuneStage(Strict):
     @model_validator(mode="after")
     def _one_length(self) -> FinetuneStage:
         if (self.steps is None) == (self.epochs is None):
-            both = "; leave one out, or empty it, as in --set stages.1.epochs=" if self.steps is not None else ""
-            raise ValueError(f"needs exactly one of `steps` and `epochs`{both}")
+            hint = "" if self.steps is None else "; leave one out, or empty it, as in --set stages.1.epochs="
+            raise ValueError(f"needs exactly one of `steps` and `epochs`{hint}")
         if self.skipped and self.pruner is not None:
             raise ValueError("a stage without steps cannot prune: give it some, or take its `pruner` away")
         return self

@@ -146,7 +146,7 @@ def test_refuses_a_bad_pruning_value(keys, message):
         (["calibrate", "prune"], "calibrate needs data.calibration"),
         (["prune", {"stage": "finetune", "steps": 1}], "finetune needs data.train"),
         (["prune", {"stage": "finetune"}], "needs exactly one of `steps` and `epochs`"),
-        (["prune", {"stage": "finetune", "steps": 1, "epochs": 1}], "or empty it, as in --set stages.1.epochs="),
+        (["prune", {"stage": "finetune", "steps": 1, "epochs": 1}], "or empty it, as in --set stages.1"),
         ([{"stage": "finetune", "steps": 1, "heal": "packed"}], "there are no blocks to pack yet"),
         (
             ["prune", "convert", {"stage": "finetune", "steps": 1, "heal": "masked"}],
