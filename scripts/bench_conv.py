@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import re
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench_rows import write_pages
 from sparsify import BlockShape, BlockSparseConv2d, measure
 from sparsify.bench.limits import Limits, machine_limits
 from sparsify.bench.timing import race
@@ -365,26 +365,7 @@ def main(given: Sequence[str] | None = None) -> None:
     limits = machine_limits(torch.device(options.device), getattr(torch, options.dtype))
     layers = [layer for layer in RESNET50 if re.search(options.layers, layer.name)]
     blocks, sparsities = options.blocks.split(","), [float(share) for share in options.sparsities.split(",")]
-    rows: list[Row] = []
-    left: dict[str, None] = {}
-    searched: list[dict] = []
-    for part in options.part.split(","):
-        for block, sparsity in itertools.product(blocks, sparsities):
-            if part == "search":
-                searched += search(layers, block, sparsity, options)
-                continue
-            for layer in layers:
-                row = measured(part, layer, block, sparsity, options, limits)
-                if row is None:
-                    left[f"{layer.name} in {block} at {sparsity:.0%}"] = None
-                    continue
-                rows.append(row)
-                print(
-                    f"{part} {layer.name:24} {block:>7} {sparsity:.0%} {row.masks:6} dense {row.dense:8.1f} us, sparse "
-                    f"{row.sparse:8.1f} us: {row.speedup:.2f}x (limit {row.limit:.2f}x)",
-                    flush=True,
-                )
-    record = {
+    record: dict[str, Any] = {
         "command": "python " + " ".join(sys.argv),
         "environment": measure.environment(),
         "dtype": options.dtype,
@@ -392,21 +373,41 @@ def main(given: Sequence[str] | None = None) -> None:
         "image": options.image,
         "repeats": options.repeats,
         "limits": asdict(limits),
-        "summary": summary(rows),
-        "rows": [asdict(row) | {"speedup": row.speedup} for row in rows],
-        "left_dense": list(left),
-        "search": searched,
+        "summary": [],
+        "rows": [],
+        "left_dense": [],
+        "search": [],
     }
+    rows: list[Row] = []
+    for part in options.part.split(","):
+        for block, sparsity in itertools.product(blocks, sparsities):
+            if part == "search":
+                record["search"] += search(layers, block, sparsity, options)
+                write(record, rows, options.out)
+                continue
+            for layer in layers:
+                row = measured(part, layer, block, sparsity, options, limits)
+                if row is None:
+                    left = f"{layer.name} in {block} at {sparsity:.0%}"
+                    record["left_dense"] += [left] if left not in record["left_dense"] else []
+                    continue
+                rows.append(row)
+                print(
+                    f"{part} {layer.name:24} {block:>7} {sparsity:.0%} {row.masks:6} dense {row.dense:8.1f} us, sparse "
+                    f"{row.sparse:8.1f} us: {row.speedup:.2f}x (limit {row.limit:.2f}x)",
+                    flush=True,
+                )
+                write(record, rows, options.out)
+    write(record, rows, options.out)
     for row in record["summary"]:
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        names = record["environment"].get("gpu") or ["cpu"]
-        short = names[0].lower().replace("nvidia", "").strip().replace(" ", "-")
-        file = options.out / f"convolutions-{short}.json"
-        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        file.with_suffix(".md").write_text(table(record), encoding="utf-8")
-        print(f"written: {file}, {file.with_suffix('.md').name}")
+
+
+def write(record: dict[str, Any], rows: Sequence[Row], out: Path | None) -> None:
+    """Takes the rows so far into the record, and writes it as JSON and Markdown."""
+    record |= {"summary": summary(rows), "rows": [asdict(row) | {"speedup": row.speedup} for row in rows]}
+    if out is not None:
+        write_pages(out, "convolutions", record, table(record))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from bench_conv import choice_time
+from bench_rows import write_pages
 from sparsify import BlockMask, BlockShape, BlockSparseExperts, measure
 from sparsify.bench.limits import Limits, machine_limits
 from sparsify.bench.timing import race
@@ -329,8 +329,15 @@ def main(given: Sequence[str] | None = None) -> None:
     decode, prefill = ([int(n) for n in text.split(",") if n] for text in (options.decode, options.prefill))
     counts = {"decode": decode, "prefill": prefill, "training": prefill, "search": [*decode, *prefill]}
     sparsities = [float(share) for share in options.sparsities.split(",")]
-    rows: list[Row] = []
-    searched: list[dict] = []
+    record: dict[str, Any] = {
+        "command": "python " + " ".join(sys.argv),
+        "environment": measure.environment(),
+        "dtype": options.dtype,
+        "repeats": options.repeats,
+        "limits": asdict(limits),
+        "rows": [],
+        "search": [],
+    }
     for key in options.layers.split(","):
         layer = LAYERS[key]
         dense = dense_experts(layer, place)
@@ -339,37 +346,28 @@ def main(given: Sequence[str] | None = None) -> None:
             for part in options.part.split(","):
                 for tokens in counts[part]:
                     if part == "search":
-                        searched += search(layer, sparse, block, tokens, options)
+                        record["search"] += search(layer, sparse, block, tokens, options)
+                        write(record, options.out)
                         continue
                     best, slow, fast, least, hit = measured(
                         part, layer, dense, sparse, tokens, options, limits
                     )
                     row = Row(part, layer.name, tokens, hit, block, sparsity, best, slow, fast, slow / least)
-                    rows.append(row)
+                    record["rows"].append(asdict(row) | {"speedup": row.speedup})
                     print(
                         f"{part:8} {layer.name:14} {tokens:5} tokens, {hit:3} experts, {block:>7} {sparsity:.0%} "
                         f"{best} {slow:8.1f} us, sparse {fast:8.1f} us: {row.speedup:.2f}x (limit {row.limit:.2f}x)",
                         flush=True,
                     )
+                    write(record, options.out)
             del sparse
         del dense
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "environment": measure.environment(),
-        "dtype": options.dtype,
-        "repeats": options.repeats,
-        "limits": asdict(limits),
-        "rows": [asdict(row) | {"speedup": row.speedup} for row in rows],
-        "search": searched,
-    }
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        names = record["environment"].get("gpu") or ["cpu"]
-        short = names[0].lower().replace("nvidia", "").strip().replace(" ", "-")
-        file = options.out / f"experts-{short}.json"
-        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        file.with_suffix(".md").write_text(table(record), encoding="utf-8")
-        print(f"written: {file}, {file.with_suffix('.md').name}")
+
+
+def write(record: dict[str, Any], out: Path | None) -> None:
+    """Writes what there is so far, as JSON and Markdown."""
+    if out is not None:
+        write_pages(out, "experts", record, table(record))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsify
+from bench_rows import write_pages
 from sparsify import measure
 
 # Llama-3.2-1B and Llama-3.1-8B: hidden, intermediate, heads, head dimension, tied; layers measured of 16 and 32.
@@ -60,6 +61,10 @@ def config(shape: str, layers: int = 0) -> LlamaConfig:
     )  # fmt: skip
 
 
+class Different(Exception):
+    """Several GPUs do not give what one gives."""
+
+
 class Bench:
     """One process of the benchmark; all measure alike, and the first one writes."""
 
@@ -73,6 +78,8 @@ class Bench:
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.mesh = init_device_mesh(self.device.type, (self.ranks,), mesh_dim_names=("tp",))
         self.rows: list[dict[str, Any]] = []
+        self.faults: list[str] = []
+        self.environment = measure.environment()
         self.held = 0
 
     def models(self, shape: str) -> dict[str, Any]:
@@ -140,7 +147,9 @@ class Bench:
         sequences, length = self.arguments.train
         tokens = self.tokens(sequences, length)
         expected: list[float] = []
-        for mode in modes:
+
+        def measured(mode: str) -> None:
+            nonlocal expected
             model = self.divided(whole, mode).train()
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=self.on_gpu)
             own = tokens.chunk(self.ranks)[self.rank] if mode in ("ddp", "fsdp2") else tokens
@@ -162,19 +171,31 @@ class Bench:
             )
             row = {"shape": shape, "form": form, "mode": mode, "error": error}
             self.add({**row, "work": f"train {sequences}x{length}", "tokens": tokens.numel()}, step)
-            del model, optimizer, step
+
+        for mode in modes:
+            self.attempt(f"{shape} {form} {mode}", lambda mode=mode: measured(mode))
+
+    def attempt(self, name: str, work: Callable[[], None]) -> None:
+        """Measures something, and goes on to the next if it is wrong."""
+        try:
+            work()
+        except Different as error:
+            self.faults.append(f"{name}: {error}")
+            if self.rank == 0:
+                print(f"error: {self.faults[-1]}; no time is given", file=sys.stderr, flush=True)
+        gc.collect()
 
     def checked(self, what: str, got: Tensor, expected: Tensor) -> float:
         """Relative difference of what one mode gives, the largest of all processes.
 
         Raises:
-            SparsifyError: If it is too large.
+            Different: If it is too large, on all processes.
         """
         got, expected = got.float(), expected.float()
         error = ((got - expected).norm() / expected.norm()).reshape(1)
         distributed.all_reduce(error, op=distributed.ReduceOp.MAX)
         if not error.item() <= BUDGET[self.dtype][what]:
-            raise sparsify.SparsifyError(f"several GPUs and one differ: {what} by {error.item():.1e}")
+            raise Different(f"several GPUs and one differ: {what} by {error.item():.1e}")
         return error.item()
 
     def add(self, row: dict[str, Any], call: Callable[[], Any]) -> None:
@@ -205,6 +226,7 @@ class Bench:
         row["tokens_per_second"] = row["tokens"] / row["seconds"]
         self.rows.append(row)
         if self.rank == 0:
+            self.write()
             print(
                 f"{row['shape']} {row['form']:6} {row['work']:22} {row['mode']:5} {row['seconds'] * 1e3:8.2f} ms "
                 f"{row['tokens_per_second']:12,.0f} tokens/s  peak {row['peak_bytes'] / 1e9:.1f} GB  "
@@ -223,20 +245,30 @@ class Bench:
             for form, model in models.items():
                 self.held = sum(p.nbytes for each in models.values() for p in each.parameters())
                 for mode in ("one", "tp"):
-                    self.inference(shape, form, model, mode)
-                    gc.collect()
+                    self.attempt(f"{shape} {form} {mode}", partial(self.inference, shape, form, model, mode))
                 self.training(shape, form, model, ("one", "tp", "ddp", "fsdp2"))
             del models, model
             gc.collect()
 
+    def write(self) -> None:
+        """Writes the rows so far, as JSON and as a table."""
+        compared(self.rows)
+        layers = {shape: self.arguments.layers or SHAPES[shape][-1] for shape in self.arguments.shapes}
+        record = {"environment": self.environment, "processes": self.ranks, "layers": layers}
+        record |= {"repeats": self.arguments.repeats, "rows": self.rows}
+        write_pages(self.arguments.out, "multi-gpu", record, table(record))
+
 
 def compared(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds to each row how much faster it is than one GPU, and than dense with as many GPUs in the same way."""
-    found = {(row["shape"], row["form"], row["work"], row["mode"]): row["seconds"] for row in rows}
+    """Adds to each row how much faster it is than one GPU, and than dense with as many GPUs in the same way.
+
+    `None` where there is no such row.
+    """
+    found = {(row["shape"], row["work"], row["form"], row["mode"]): row["seconds"] for row in rows}
     for row in rows:
-        shape, work, mode = row["shape"], row["work"], row["mode"]
-        row["scaling"] = found[shape, row["form"], work, "one"] / row["seconds"]
-        row["over_dense"] = found[shape, "dense", work, mode] / row["seconds"]
+        for name, form, mode in (("scaling", row["form"], "one"), ("over_dense", "dense", row["mode"])):
+            other = found.get((row["shape"], row["work"], form, mode))
+            row[name] = None if other is None else other / row["seconds"]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -258,11 +290,15 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         f"| {row['shape']} | {row['form']} | {row['work']} | {row['mode']} | {row['gpus']} | "
         f"{row['seconds'] * 1e3:.2f} | "
-        f"{row['tokens_per_second']:,.0f} | {row['scaling']:.2f} | {row['over_dense']:.2f} | "
+        f"{row['tokens_per_second']:,.0f} | {_ratio(row['scaling'])} | {_ratio(row['over_dense'])} | "
         f"{row['peak_bytes'] / 1e9:.1f} | {row['error']:.0e} |"
         for row in record["rows"]
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -299,19 +335,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.init_process_group(backend, timeout=timeout, device_id=device)
     bench = Bench(arguments)
     bench.run()
-    compared(bench.rows)
-    if bench.rank == 0:
-        layers = {shape: arguments.layers or SHAPES[shape][-1] for shape in arguments.shapes}
-        record = {"environment": measure.environment(), "processes": bench.ranks, "layers": layers}
-        record |= {"repeats": arguments.repeats, "rows": bench.rows}
-        gpu = torch.cuda.get_device_name() if bench.on_gpu else "cpu"
-        name = "multi-gpu-" + gpu.lower().replace("nvidia", "").strip().replace(" ", "-")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (arguments.out / f"{name}.md").write_text(table(record))
-        print(f"written: {arguments.out / name}.json, .md")
     distributed.barrier()
     distributed.destroy_process_group()
+    if bench.faults:
+        sys.exit("error: " + "; ".join(bench.faults))
 
 
 if __name__ == "__main__":

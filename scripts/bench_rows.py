@@ -51,9 +51,32 @@ def store(report: dict[str, Any], rows: Iterable[dict[str, Any]], file: Path) ->
     for row in rows:
         report["rows"].append(row)
         print(json.dumps(row), flush=True)
-        fresh = file.with_suffix(".tmp")
-        fresh.write_text(json.dumps(report, indent=1) + "\n")
-        fresh.replace(file)
+        write(report, file)
+
+
+def write(report: dict[str, Any], file: Path) -> None:
+    """Writes the whole file anew in one step."""
+    fresh = file.with_suffix(".tmp")
+    fresh.write_text(json.dumps(report, indent=1) + "\n")
+    fresh.replace(file)
+
+
+def write_pages(out: Path, name: str, record: dict[str, Any], page: str) -> None:
+    """Writes `NAME-MACHINE.json` and `.md`, each in one step: a run that is cut off keeps the rows that it has.
+
+    Args:
+        out: The folder.
+        name: What was measured.
+        record: All of it, with its `environment`.
+        page: The same as Markdown.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    machine = (record["environment"].get("gpu") or ["cpu"])[0]
+    stem = f"{name}-{machine.lower().replace('nvidia', '').strip().replace(' ', '-')}"
+    for ending, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", page)):
+        fresh = out / f"{stem}.tmp"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(out / f"{stem}{ending}")
 
 
 def page_head(report: dict[str, Any], title: str, introduction: str, command: str) -> list[str]:

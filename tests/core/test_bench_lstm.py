@@ -26,6 +26,8 @@ def test_measures_and_writes(kind: str, tmp_path: Path) -> None:
     assert all(row["speedup"] == row["dense_ms"] / row["sparse_ms"] for row in report["rows"])
     page = (tmp_path / f"{kind}.md").read_text()
     assert page.startswith(f"# {kind.upper()} layers") and page.count("| 64 | 2 | 16x16 | 75% |") == 2
+    widths = {line.count("|") for line in page.splitlines() if line.startswith("|")}
+    assert widths == {9}  # every row has a cell for each heading
 
 
 @pytest.mark.parametrize("fault", [1.01, float("nan")], ids=["scaled", "not-a-number"])

@@ -49,7 +49,14 @@ def test_rows_and_table(tmp_path: Path):
 def test_outputs_that_differ_are_no_result(tmp_path: Path):
     with pytest.raises(AssertionError, match="several GPUs and one differ: logits by"):
         run_ranks(__file__, "broken", str(tmp_path))
-    assert not list(tmp_path.iterdir())
+    record = json.loads((tmp_path / "multi-gpu-cpu.json").read_text())
+    modes = {(row["form"], row["work"].split()[0], row["mode"]) for row in record["rows"]}
+    assert ("dense", "prefill", "one") in modes and (
+        "sparse",
+        "train",
+        "fsdp2",
+    ) in modes  # the others are measured
+    assert not any(mode == "tp" for _, _, mode in modes)
 
 
 def rank_main(what: str, out: str) -> None:

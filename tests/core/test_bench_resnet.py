@@ -11,6 +11,7 @@ from torch import nn
 import bench_resnet
 import cifar_resnet
 from cifar_resnet import Pictures, augmented, batches, build, normalised, read, split
+from sparsify.bench.timing import Times
 
 Image = pytest.importorskip("PIL.Image")
 CLASSES = ["cat", "dog", "emu", "fox", "gnu", "hen", "owl", "pig", "rat", "yak"]
@@ -113,7 +114,9 @@ def test_an_epoch_shows_every_picture_once():
 
 def test_from_archive_to_page(archive, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(cifar_resnet, "VALIDATION", 4)
-    monkeypatch.setattr(bench_resnet, "forward_time", lambda *_: 100.0)
+    monkeypatch.setattr(
+        bench_resnet, "race", lambda calls, *_: Times({"dense": 2.0, "sparse": 1.0}, "cpu", 1)
+    )
     options = [
         "--pictures", archive, "--weights", weights, "--out", tmp_path / "out", "--cache", tmp_path / "cache",
         "--models", "resnet20", "--blocks", "8x8", "--sparsities", "0.5", "--masks", "each,shared", "--seeds", "1",
@@ -127,6 +130,7 @@ def test_from_archive_to_page(archive, weights, tmp_path, monkeypatch):
     for row in sparse:
         assert row["density"] == pytest.approx(0.5, abs=0.01) and row["bytes"] < 0.65 * dense["bytes"]
         assert row["before"] == dense["before"]  # the same dense network
+        assert row["time"] == 0.5
     bench_resnet.main([str(option) for option in options])  # everything is there
     assert json.loads((tmp_path / "out" / "resnet-cifar10.json").read_text())["rows"] == report["rows"]
     page = (tmp_path / "out" / "resnet-cifar10.md").read_text()
@@ -138,12 +142,12 @@ def test_from_archive_to_page(archive, weights, tmp_path, monkeypatch):
 
 
 def test_a_missed_goal_is_said():
-    common = {"model": "resnet20", "bytes": 10, "us_per_256": 1.0}
+    common = {"model": "resnet20", "bytes": 10}
     rows = [common | {"form": "dense", "seed": seed, "accuracy": 90.0 + seed} for seed in range(2)]
     settings = {"form": "sparse", "block": "8x8", "sparsity": 0.75, "masks": "each"}
     rows += [common | settings | {"seed": seed, "accuracy": 89.0 - seed, "bytes": 4} for seed in range(2)]
     (one,) = bench_resnet.summary(rows)
-    assert (one["lost"], one["most"], one["goal"], one["bytes"]) == (2.0, 3.0, 2.0, 0.4)
+    assert (one["lost"], one["most"], one["goal"], one["bytes"], one["time"]) == (2.0, 3.0, 2.0, 0.4, None)
     environment = {"gpu": [], "versions": {"torch": "2"}}
     assert "2.0 |" in bench_resnet.page({"rows": rows, "environment": environment, "command": "x"})
     rows[-1]["accuracy"] -= 1
