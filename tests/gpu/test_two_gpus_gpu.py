@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sparsify
+from sparsify.kernels import schedule
 from tests.ranks import RANKS, run_ranks
 
 pytestmark = [
@@ -88,7 +90,7 @@ def test_training_across_two_gpus(tmp_path: Path):
         close(got.grad, expected.grad, GRADIENTS)
 
 
-@pytest.mark.parametrize("case", ["parallel", "graph", "sharded"])
+@pytest.mark.parametrize("case", ["parallel", "graph", "sharded", "replicated"])
 def test_two_ranks_are_as_one(case: str):
     run_ranks(__file__, case, timeout=300)
 
@@ -151,10 +153,28 @@ def sharded() -> None:
         close(got.grad.full_tensor(), expected.grad, GRADIENTS)
 
 
+def replicated() -> None:
+    rank = distributed.get_rank()
+    device = f"cuda:{rank}"
+    whole = llama(device)
+    model = DistributedDataParallel(copy.deepcopy(whole), device_ids=[rank])
+    x = tokens(device, RANKS, 128)
+    made: list[set[int]] = []
+    for _ in range(3):  # buffers are broadcast before each step, which is no reason to plan anew
+        model.zero_grad()
+        model(input_ids=x[rank : rank + 1], labels=x[rank : rank + 1]).loss.backward()
+        made.append({id(lists) for _, lists in schedule._cache.values()})
+    assert made[0] == made[1] == made[2]
+    whole(input_ids=x, labels=x).loss.backward()
+    for got, expected in zip(model.parameters(), whole.parameters(), strict=True):
+        assert got.grad is not None and expected.grad is not None
+        close(got.grad, expected.grad, GRADIENTS)
+
+
 if __name__ == "__main__":
     import os
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    {"parallel": parallel, "graph": graph, "sharded": sharded}[sys.argv[1]]()
+    {"parallel": parallel, "graph": graph, "sharded": sharded, "replicated": replicated}[sys.argv[1]]()
     distributed.destroy_process_group()
