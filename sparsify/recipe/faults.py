@@ -202,7 +202,7 @@ def order_faults(data: Mapping[str, Any]) -> list[Fault]:
                     "distill",
                 )
             some = stage.get("steps") not in (0, None) or stage.get("epochs") not in (0, None)
-            trained = trained or (some and not any(prunes[: index + 1]))
+            trained = trained or (some and distill is None and not any(prunes[: index + 1]))
             train = sources.get("train")
             if isinstance(train, Mapping) and train.get("stream") and stage.get("steps") is None:
                 fault(index, "data.train is streamed, so its length is not known: give `steps`, not `epochs`")

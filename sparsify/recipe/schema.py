@@ -427,7 +427,8 @@ class Recipe(Strict):
     def taught_by(self, index: int) -> int | None:
         """The stage whose result teaches stage `index`: the last training of the dense model before it, if any.
 
-        `None` if the stage has no teacher, or another one: the recipe's model, or a checkpoint that it names.
+        `None` if the stage has no teacher, or another one: the recipe's model, or a checkpoint that it names. What has
+        learned from a teacher itself does not teach.
         """
         distill = getattr(self.stages[index], "distill", None)
         if distill is None or distill.teacher is not None:
@@ -436,7 +437,7 @@ class Recipe(Strict):
         for earlier, stage in enumerate(self.stages[:index]):
             if isinstance(stage, PruneStage) or getattr(stage, "pruner", None) is not None:
                 break
-            if isinstance(stage, FinetuneStage) and not stage.skipped:
+            if isinstance(stage, FinetuneStage) and stage.distill is None and not stage.skipped:
                 taught = earlier
         return taught
 

@@ -26,8 +26,8 @@ class Distill(Strict):
     """Learning from a dense teacher; the loss is the weighted sum of the task's own and up to three distances.
 
     Attributes:
-        teacher: Checkpoint of the teacher; when left out the recipe's own dense model, as the stages before the first
-            pruning have trained it.
+        teacher: Checkpoint of the teacher; when left out the recipe's own dense model, as stages without a teacher
+            before the first pruning have trained it.
         teacher_dtype: Dtype of its weights; `auto` takes bfloat16 on a GPU that has it, else the checkpoint's.
         teacher_memory: Where the teacher is: on the training's `device`; there only while it runs (`offload`); on the
             `cpu`, where it runs too; or nowhere, since its outputs were computed before the first step (`cache`).

@@ -126,6 +126,25 @@ def test_a_stage_of_no_steps_is_left_out(tmp_path: Path):
     assert checkpoints.digests(tmp_path / "out") == checkpoints.digests(tmp_path / "other")
 
 
+def test_who_teaches(place: Path):
+    dense, student = TRAINING, {**TRAINING, "distill": {}}
+    search = {**TRAINING, "pruner": SEARCH}
+    named = {**TRAINING, "distill": {"teacher": "elsewhere"}}
+    recipe = make_recipe(
+        place, "out", [student, dense, dense, student, student, named, search, dense, student]
+    )
+    assert [recipe.taught_by(index) for index in range(9)] == [None, None, None, 2, 2, None, None, None, 2]
+
+
+def test_from_scratch_needs_a_trained_teacher(place: Path):
+    student = {**TRAINING, "distill": {}}
+    with pytest.raises(
+        ConfigError, match=r"begins with random weights .* finetune stage before the first pruning"
+    ):
+        make_recipe(place, "out", [{**TRAINING, "steps": 0}, student], from_scratch=True)
+    assert make_recipe(place, "out", [TRAINING, student], from_scratch=True).taught_by(1) == 0
+
+
 def test_a_teacher_whose_head_nothing_has_trained_is_refused_before_the_run(place: Path):
     with pytest.raises(
         ConfigError, match=r"stage 0 learns from .* head .* would be new .* before the first pruning"
