@@ -15,7 +15,7 @@ def find(name: str, what: str, kind: type[SparsifyError]) -> Any:
 
     Args:
         name: Where it is.
-        what: What it should be, for messages: `"pruner"` or `"scope"`.
+        what: What it should be, for messages, such as `"pruner"`.
         kind: Class of the errors.
 
     Raises:
@@ -27,9 +27,10 @@ def find(name: str, what: str, kind: type[SparsifyError]) -> Any:
     except Exception as error:  # the user's own code, which may hold any mistake
         plain = isinstance(error, (ImportError, ValueError))
         reason = str(error) if plain else f"{type(error).__name__}: {error}"
+        last = "Class" if what in ("pruner", "module") else what
         raise kind(
-            f"cannot import {what} {name!r}: {reason}; write package.module:{'Class' if what == 'pruner' else what} "
-            f"and see that the module is installed or on PYTHONPATH"
+            f"cannot import {what} {name!r}: {reason}; write package.module:{last} and see that the module is "
+            f"installed or on PYTHONPATH"
         ) from error
     found = getattr(module, attribute, None)
     if found is None:

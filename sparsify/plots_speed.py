@@ -16,16 +16,16 @@ MARKERS = "osD^vP*X"
 
 
 def speedups(
-    layers: Mapping[str, Mapping[int, float]],
+    layers: Mapping[str, Mapping[str, float]],
     passes: Mapping[str, Mapping[str, float]],
     path: str | Path,
     *,
     title: str = "Speed-up over dense",
 ) -> Path:
-    """One row a layer, a dot for each number of tokens; below them one row for each pass of the whole model.
+    """One row a layer, a dot for each size of its input; below them one row for each pass of the whole model.
 
     Args:
-        layers: For each layer, speed-up (2 is twice as fast) by tokens.
+        layers: For each layer, speed-up (2 is twice as fast) by the size of its input, in words, ascending.
         passes: For each pass, speed-up by the way of timing, the main one first.
         path: File to write.
         title: Of the picture.
@@ -42,13 +42,12 @@ def speedups(
     picture = new_figure(7.5, 1.7 + 0.26 * (len(layers) + len(passes)))
     axes = picture.add_subplot()
     names = [*layers, *passes]
-    counts = sorted({count for row in layers.values() for count in row})
+    counts = list(dict.fromkeys(count for row in layers.values() for count in row))
     for index, count in enumerate(counts):
         color = colormaps["viridis"](0.85 * (1 - index / max(1, len(counts) - 1)))
         known = [name for name, row in layers.items() if count in row]
-        label = f"{count} token{'s' * (count != 1)}"
         values = [layers[name][count] for name in known]
-        axes.plot(values, [names.index(name) for name in known], "o", color=color, label=label)
+        axes.plot(values, [names.index(name) for name in known], "o", color=color, label=count)
     ways = list(dict.fromkeys(way for row in passes.values() for way in row))
     for index, way in enumerate(ways):
         known = [name for name, row in passes.items() if way in row]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sparsify import measure
 from sparsify.bench import energy as energy_counters
@@ -16,9 +17,10 @@ from sparsify.bench import layers as bench_layers
 from sparsify.bench import model as bench_model
 from sparsify.bench import verdict
 from sparsify.bench.limits import Limits, machine_limits
-from sparsify.bench.workloads import Workload, positive, sample_inputs, workloads
-from sparsify.checkpoint import reader
+from sparsify.bench.workloads import Workload, given_workloads, positive, sample_inputs, workloads
+from sparsify.checkpoint import plain, reader
 from sparsify.checkpoint.densify import dense_skeleton
+from sparsify.custom import find
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers.experts import BlockSparseExperts
 from sparsify.layers.swap import sparse_modules
@@ -28,7 +30,14 @@ from sparsify.runtime.progress import Progress
 GPU_TOKENS, CPU_TOKENS = (1, 16, 256, 2048), (1, 16, 128)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Both models must be of one architecture and size for their times to say anything.
-SAME = ("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+SAME = (
+    "architectures",
+    "module_class",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Plan:
         device: Where.
         tokens: Tokens of each sequence.
         batches: Sequences or samples at once.
+        module: Of a plain module's checkpoint, what builds the dense module.
+        inputs: What makes its inputs.
     """
 
     path: str | Path
@@ -50,6 +61,14 @@ class Plan:
     device: torch.device
     tokens: list[int]
     batches: list[int]
+    module: Callable[[], nn.Module] | None = None
+    inputs: Callable[[int], Mapping[str, Tensor]] | None = None
+
+    def load(self, path: str | Path, dtype: Any, trust_remote_code: bool) -> Any:
+        """The model of a checkpoint, on the device."""
+        if self.module is None:
+            return reader.load(path, self.device, dtype, trust_remote_code=trust_remote_code)
+        return plain.load(path, self.module(), self.device, dtype)
 
 
 def plan(
@@ -59,6 +78,8 @@ def plan(
     tokens: Sequence[int] | str | None = None,
     batches: Sequence[int] | str = (1,),
     repeats: int = 20,
+    module: str | Callable[[], nn.Module] | None = None,
+    inputs: str | Callable[[int], Mapping[str, Tensor]] | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Plan:
@@ -69,7 +90,14 @@ def plan(
         raise ConfigError(f"repeats: got {repeats}, expected at least 1")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
-    return Plan(path, _check_paths(path, against), against, target, counts, sizes)
+    info = _check_paths(path, against)
+    build = plain.builder(path, info.config, module)
+    if inputs is not None and module is None:
+        raise ConfigError(
+            "inputs are for the checkpoint of a plain module: give --module too, or leave them out"
+        )
+    make = find(inputs, "inputs", ConfigError) if isinstance(inputs, str) else inputs
+    return Plan(path, info, against, target, counts, sizes, build, make)
 
 
 def bench(
@@ -80,6 +108,8 @@ def bench(
     batches: Sequence[int] | str = (1,),
     energy: bool = False,
     repeats: int = 20,
+    module: str | Callable[[], nn.Module] | None = None,
+    inputs: str | Callable[[int], Mapping[str, Tensor]] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -96,6 +126,10 @@ def bench(
         batches: Sequences, pictures or recordings at once, or text such as `"1,16"`.
         energy: Measure the energy of each token or sample too, where the device counts it.
         repeats: Rounds of each measurement; long ones stop earlier.
+        module: For the checkpoint of a plain module, its class or what else builds a dense one, or where that is, as
+            `package.module:name`; called without arguments.
+        inputs: What gives such a module's keyword arguments for a number of samples, or where that is. Without it
+            only layers are timed.
         device: `auto` (a GPU if there is one) or any torch device.
         dtype: `auto` (the sparse checkpoint's own), `float32`, `float16` or `bfloat16`.
         trust_remote_code: Run the Python code that a checkpoint brings with it.
@@ -114,24 +148,31 @@ def bench(
         SparsifyError: If an output differs from its dense equivalent's by more than the dtype allows.
     """
     options = {"tokens": tokens, "batches": batches, "repeats": repeats, "device": device, "dtype": dtype}
-    wanted = plan(path, against=against, **options)
+    wanted = plan(path, against=against, module=module, inputs=inputs, **options)
     progress = progress or Progress()
     with progress.task(f"loading {path}"):
-        precision = None if dtype == "auto" else dtype
-        model = reader.load(path, wanted.device, precision, trust_remote_code=trust_remote_code)
+        model = wanted.load(path, None if dtype == "auto" else dtype, trust_remote_code)
         reader.check_weights(model)
     torch.manual_seed(0)
     notes = busy(wanted.device)
-    limits = machine_limits(wanted.device, model.dtype)
-    task = resolve_task("auto", str(path), type(model).__name__)
-    sample = sample_inputs(reader.load_processor(path, trust_remote_code), task)
-    works, left_out = workloads(model, task, wanted.tokens, wanted.batches, sample)
-    rows = {work.rows for work in works}
-    if tokens is not None or not any(work.unit == "sample" for work in works):
+    precision = _dtype(model)
+    limits = machine_limits(wanted.device, precision)
+    if wanted.module is None:
+        task = resolve_task("auto", str(path), type(model).__name__)
+        sample = sample_inputs(reader.load_processor(path, trust_remote_code), task)
+        works, left_out = workloads(model, task, wanted.tokens, wanted.batches, sample)
+    elif wanted.inputs is None:
+        works, left_out = [], ["end to end is not timed: say what makes the module's inputs (--inputs)"]
+    else:
+        works, left_out = given_workloads(model, wanted.inputs, wanted.batches), []
+    samples = [work for work in works if work.inputs is not None]
+    rows = {work.rows for work in works if work.inputs is None}
+    if tokens is not None or not samples:
         rows |= {batch * count for batch in wanted.batches for count in wanted.tokens}
-    groups = _bench_layers(model, sorted(rows), repeats, progress, limits)
+    skeleton = dense_skeleton(model) if wanted.module is None else wanted.module().to("meta")
+    groups = _bench_layers(model, skeleton, sorted(rows), samples, repeats, progress, limits)
     notes += left_out
-    if works and (lack := _lack(wanted, model)) is not None:
+    if works and (lack := _lack(wanted, precision)) is not None:
         works = []
         notes.append(f"end to end is not timed: {lack}")
     gauge, counter = None, None
@@ -141,13 +182,15 @@ def bench(
         notes.append("energy is not measured: nothing is timed end to end")
     end_to_end = None
     if works:
-        end_to_end = _bench_model(model, wanted, works, repeats, progress, limits, gauge, trust_remote_code)
+        end_to_end = _bench_model(
+            model, skeleton, wanted, works, repeats, progress, limits, gauge, trust_remote_code
+        )
     return {
         "path": str(path),
         "against": None if against is None else str(against),
         "device": str(wanted.device),
         "gpu": torch.cuda.get_device_name(wanted.device) if wanted.device.type == "cuda" else None,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(precision).removeprefix("torch."),
         "tokens": wanted.tokens,
         "batches": wanted.batches,
         "limits": asdict(limits),
@@ -205,12 +248,17 @@ def _check_paths(path: str | Path, against: str | Path | None) -> reader.Checkpo
     return info
 
 
-def _lack(wanted: Plan, model: Any) -> str | None:
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What a model computes in."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _lack(wanted: Plan, dtype: torch.dtype) -> str | None:
     """What memory the dense model lacks, in words."""
     info = wanted.info
     needed = sum(layer.bytes_dense for layer in info.layers)
     needed += 0 if wanted.against is None else info.dense_bytes
-    needed = needed * model.dtype.itemsize // _stored_size(info)
+    needed = needed * dtype.itemsize // _stored_size(info)
     free = _free_bytes(wanted.device)
     if free is None or free >= needed:
         return None
@@ -241,18 +289,27 @@ def _gauge(
 
 
 def _bench_layers(
-    model: Any, counts: Sequence[int], repeats: int, progress: Progress, limits: Limits
+    model: Any,
+    skeleton: nn.Module,
+    counts: Sequence[int],
+    samples: Sequence[Workload],
+    repeats: int,
+    progress: Progress,
+    limits: Limits,
 ) -> list[dict[str, Any]]:
-    skeleton = dense_skeleton(model)
     found = bench_layers.groups(model)
+    seen = {work.batch: bench_layers.shapes_seen(found, work.on(model).output) for work in samples}
     entries = []
-    with progress.task("timing layers", len(found) * len(counts)) as advance:
+    with progress.task("timing layers", len(found) * (len(counts) + len(seen))) as advance:
         for group in found:
             advance(0, text=group.name)
+            shapes = {batch: own[group.name] for batch, own in seen.items() if group.name in own}
             skipped = _why_skipped(group, skeleton)
+            if skipped is None and not counts and not shapes:
+                skipped = "not timed: the forward pass does not call it"
             times = []
             if skipped is None:
-                times = bench_layers.measure_group(group, skeleton, counts, repeats, advance, limits)
+                times = bench_layers.measure_group(group, skeleton, counts, repeats, advance, limits, shapes)
             entries.append(group.describe() | {"times": times, "skipped": skipped})
     return entries
 
@@ -265,6 +322,7 @@ def _why_skipped(group: bench_layers.Group, skeleton: Any) -> str | None:
 
 def _bench_model(
     model: Any,
+    skeleton: nn.Module,
     wanted: Plan,
     works: Sequence[Workload],
     repeats: int,
@@ -274,7 +332,7 @@ def _bench_model(
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     packed = {name: list(module.packed) for name, module in sparse_modules(model).items()}
-    dense = bench_model.dense_twin(model)
+    dense = bench_model.dense_twin(model, skeleton)
     with progress.task("checking the whole model"):
         errors = bench_model.check(model, dense, works)
     if wanted.against is None:
@@ -283,9 +341,7 @@ def _bench_model(
     else:
         del dense  # its memory is the other one's
         with progress.task(f"loading {wanted.against}"):
-            dense = reader.load(
-                wanted.against, wanted.device, model.dtype, trust_remote_code=trust_remote_code
-            )
+            dense = wanted.load(wanted.against, _dtype(model), trust_remote_code)
         described = str(wanted.against)
     with progress.task("timing the whole model", len(works)) as advance:
         times = bench_model.measure_models(model, dense, works, errors, limits, repeats, advance, gauge)

@@ -1,19 +1,22 @@
 """A model's block-sparse layers, each distinct one timed against a dense layer of the same shape.
 
-Convolutions see channels-last images, the dense one too, with cuDNN free to try its algorithms; their tokens are output
-pixels, in images of 14 x 14. Recurrent layers see sequences of 16 time steps.
+Inputs are as large as those that the layer has in the model's forward pass, or of a number of tokens. Convolutions see
+channels-last images, the dense one too, with cuDNN free to try its algorithms; their tokens are output pixels, for a
+mere number in images of 14 x 14. Recurrent layers then see sequences of 16 time steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from sparsify.bench import agreement
 from sparsify.bench.limits import Limits, experts_per_token, flops_of, weight_bytes
@@ -100,6 +103,46 @@ def groups(model: nn.Module) -> list[Group]:
     return result
 
 
+@torch.no_grad()
+def shapes_seen(found: Sequence[Group], call: Callable[[], object]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the layers' first inputs in a forward pass.
+
+    Args:
+        found: The groups.
+        call: The forward pass of their model.
+
+    Returns:
+        A shape for each layer that is measured, by its name; none for one that the pass does not reach.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def see(group: Group, values: tuple[Any, ...]) -> None:
+        if group.name in shapes or not values:
+            return
+        x = values[0]
+        if isinstance(x, PackedSequence):
+            shape = len(x.batch_sizes), int(x.batch_sizes[0])
+            first = getattr(group.module, "batch_first", False)
+            shapes[group.name] = (*(shape[::-1] if first else shape), x.data.shape[1])
+        elif isinstance(x, Tensor):
+            shapes[group.name] = tuple(x.shape)
+
+    handles = []
+    for group in found:
+        hook = partial(_hook, partial(see, group))
+        handles.append(group.module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _hook(see: Callable[[tuple[Any, ...]], None], module: nn.Module, args: Any, kwargs: Any) -> None:
+    see((*args, *kwargs.values()))
+
+
 def measure_group(
     group: Group,
     skeleton: nn.Module,
@@ -107,6 +150,7 @@ def measure_group(
     repeats: int,
     advance: Callable[[], None],
     limits: Limits,
+    samples: Mapping[int, tuple[int, ...]] | None = None,
 ) -> list[dict[str, Any]]:
     """Times one group's layer against a dense one with random weights.
 
@@ -115,23 +159,28 @@ def measure_group(
         skeleton: The dense model on the meta device.
         tokens: Token counts.
         repeats: Rounds of each race.
-        advance: Called after each token count.
+        advance: Called after each size.
         limits: Of the machine.
+        samples: Shapes of the layer's input in the model's forward pass, by the number of samples.
 
     Returns:
-        For each token count `tokens`, `dense_us`, `sparse_us`, `speedup`, `dense_limit_us`, `sparse_limit_us` (what
-        the machine's limits allow), `dense_share`, `sparse_share` (how much of that speed is reached), `error`
-        (relative, against higher precision), `timing` and `rounds`.
+        For each size `tokens`, `samples` (`None` for a mere number of tokens), `dense_us`, `sparse_us`, `speedup`,
+        `dense_limit_us`, `sparse_limit_us` (what the machine's limits allow), `dense_share`, `sparse_share` (how much
+        of that speed is reached), `error` (relative, against higher precision), `timing` and `rounds`.
 
     Raises:
         SparsifyError: If the layer's output is wrong.
     """
     sparse = group.module
     device = next(sparse.parameters()).device
-    counts = sorted(set(tokens))
-    inputs = {count: _inputs(sparse, skeleton, count) for count in counts}
+    sizes: list[tuple[dict[str, int | None], tuple[Tensor, ...]]] = []
+    for count in sorted(set(tokens)):
+        sizes.append(({"tokens": count, "samples": None}, _inputs(sparse, skeleton, count)))
+    for count, shape in (samples or {}).items():
+        inputs = _inputs(sparse, skeleton, 0, shape)
+        sizes.append(({"tokens": _tokens(sparse, inputs), "samples": count}, inputs))
     exact = _exact_layer(sparse, skeleton.get_submodule(group.name))
-    errors = {count: _check(group, exact, inputs[count]) for count in counts}
+    errors = [_check(group, exact, inputs) for _, inputs in sizes]
     del exact
     dense = dense_equivalent(sparse, skeleton.get_submodule(group.name))
     for name, packed in sparse.packed.items():
@@ -146,17 +195,17 @@ def measure_group(
         "sparse": [sparse, *(deepcopy(sparse) for _ in range(copies - 1))],
     }
     rows = []
-    for count in counts:
-        calls = {name: _each(layers, inputs[count]) for name, layers in contestants.items()}
+    for (size, inputs), error in zip(sizes, errors, strict=True):
+        calls = {name: _each(layers, inputs) for name, layers in contestants.items()}
         with cudnn_chooses(isinstance(sparse, BlockSparseConv)):
             times = race(calls, device, repeats)
-        row: dict[str, Any] = {"tokens": count}
+        row: dict[str, Any] = dict(size)
         for name, layers in contestants.items():
             row[f"{name}_us"] = times.seconds[name] / copies * 1e6
-            row[f"{name}_limit_us"] = _limit(layers[0], skeleton, inputs[count], limits) * 1e6
+            row[f"{name}_limit_us"] = _limit(layers[0], skeleton, inputs, limits) * 1e6
             row[f"{name}_share"] = row[f"{name}_limit_us"] / row[f"{name}_us"]
         row["speedup"] = times.seconds["dense"] / times.seconds["sparse"]
-        rows.append(row | {"error": errors[count], "timing": times.timing, "rounds": times.rounds})
+        rows.append(row | {"error": error, "timing": times.timing, "rounds": times.rounds})
         advance()
     return rows
 
@@ -177,18 +226,29 @@ def _copies(dense: nn.Module, device: torch.device) -> int:
     return max(1, min(COPIES, torch.cuda.mem_get_info(device)[0] // 4 // max(1, 2 * size)))
 
 
-def _inputs(sparse: PackedModule, skeleton: nn.Module, tokens: int) -> tuple[Tensor, ...]:
-    """Random activations; for experts also a routing that loads all of them alike."""
+@torch.no_grad()
+def _tokens(sparse: PackedModule, inputs: tuple[Tensor, ...]) -> int:
+    """Rows of the product: of a convolution output pixels."""
+    if isinstance(sparse, BlockSparseConv):
+        return _output(sparse(*inputs)).numel() // sparse.out_channels
+    return inputs[0].numel() // inputs[0].shape[-1]
+
+
+def _inputs(
+    sparse: PackedModule, skeleton: nn.Module, tokens: int, shape: tuple[int, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """Random activations of so many tokens or of a shape; for experts also a routing that loads all of them alike."""
     parameter = next(sparse.parameters())
     place: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
     first = next(iter(sparse.packed.values()))
     if isinstance(sparse, BlockSparseConv):
-        return (_images(sparse, tokens, place),)
-    if isinstance(sparse, BlockSparseRecurrent):
+        return (_images(sparse, tokens, place) if shape is None else _image(shape, sparse, place),)
+    if isinstance(sparse, BlockSparseRecurrent) and shape is None:
         return (_sequences(sparse, tokens, place),)
-    hidden = torch.randn(tokens, first.shape[1], **place)
+    hidden = torch.randn((tokens, first.shape[1]) if shape is None else shape, **place)
     if not isinstance(sparse, BlockSparseExperts):
         return (hidden,)
+    tokens = len(hidden)
     chosen = min(experts_per_token(skeleton) or 1, sparse.num_experts)
     slots = torch.arange(tokens * chosen, device=parameter.device).view(tokens, chosen)
     return hidden, slots % sparse.num_experts, torch.full((tokens, chosen), 1 / chosen, **place)
@@ -202,6 +262,14 @@ def _images(sparse: BlockSparseConv, pixels: int, place: dict[str, Any]) -> Tens
     sizes = [max(stride * side, dilation * (kernel - 1) + 1) for kernel, stride, dilation in windows]
     images = torch.randn(math.ceil(pixels / side**sparse.dimensions), *sizes, sparse.in_channels, **place)
     return images.movedim(-1, 1)
+
+
+def _image(shape: tuple[int, ...], sparse: BlockSparseConv, place: dict[str, Any]) -> Tensor:
+    """Channels-last images of a shape `(B, I, *size)`, or of one image without `B`."""
+    channels = len(shape) - sparse.dimensions - 1
+    return torch.randn(*shape[:channels], *shape[channels + 1 :], shape[channels], **place).movedim(
+        -1, channels
+    )
 
 
 def _sequences(sparse: BlockSparseRecurrent, tokens: int, place: dict[str, Any]) -> Tensor:

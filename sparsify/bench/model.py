@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,26 +15,28 @@ from sparsify.bench.energy import Energy
 from sparsify.bench.limits import Limits, flops_of, weight_bytes
 from sparsify.bench.timing import LineUp, cudnn_chooses, line_up
 from sparsify.bench.workloads import Task, Workload
+from sparsify.checkpoint.densify import dense_skeleton, swap_out
 from sparsify.layers.experts import BlockSparseExperts
 from sparsify.layers.swap import sparse_modules
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Energy of a call, if it can be measured, given the call and what waits until the device has done it.
 Gauge: TypeAlias = Callable[[Callable[[], object], Callable[[], object]], Energy | None]
 
 
-def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
+def dense_twin(model: Any, skeleton: nn.Module | None = None) -> Any:
     """A dense model with the sparse one's weights, zeros where no block is stored.
 
     It shares every tensor that is not packed, so that it needs the memory of the pruned weights alone.
+
+    Args:
+        model: The sparse one.
+        skeleton: The dense model on the meta device; a transformers model has its own.
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     for module in sparse_modules(model).values():
         shared[id(module)] = module
     twin = deepcopy(model, shared)
-    twin.dequantize()
+    swap_out(twin, dense_skeleton(model) if skeleton is None else skeleton)
     return twin
 
 

@@ -50,14 +50,14 @@ def write(report: Mapping[str, Any], file: Path) -> list[Path]:
     return [file, picture]
 
 
-def _speedups(report: Mapping[str, Any]) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, float]]]:
-    layers: dict[str, dict[int, float]] = {}
+def _speedups(report: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    layers: dict[str, dict[str, float]] = {}
     for group in report["layers"]:
         name = (
             group["name"] if len(group["names"]) == 1 else f"{group['name']} ({len(group['names'])} like it)"
         )
         if group["times"]:
-            layers[name] = {row["tokens"]: row["speedup"] for row in group["times"]}
+            layers[name] = {verdict.size_said(verdict.size(row)): row["speedup"] for row in group["times"]}
     passes: dict[str, dict[str, float]] = {}
     for row in report["end_to_end"]["times"] if report["end_to_end"] else []:
         passes.setdefault(verdict.work(row), {})[verdict.HOW[row["timing"]]] = row["speedup"]

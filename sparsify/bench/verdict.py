@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsify.bench.workloads import Workload, tokens_said
+from sparsify.bench.workloads import Workload
 
 # Within this of dense, a layer is called neither faster nor slower.
 TIE = 0.02
@@ -22,7 +22,8 @@ def standing(speedup: float) -> str:
 
 def closing(groups: Sequence[Row], end_to_end: Row | None) -> str:
     """Which layers win and which lose at which token counts, and how the whole model fares, in one sentence."""
-    parts = [_layers_at(tokens, groups) for tokens in sorted({row["tokens"] for row in _rows(groups)})]
+    sizes = sorted({size(row) for row in _rows(groups)}, key=lambda own: (own[1] == "sample", own[0]))
+    parts = [_layers_at(own, groups) for own in sizes]
     if end_to_end is not None and end_to_end["times"]:
         rows = end_to_end["times"]
         ways = len({row["timing"] for row in rows}) > 1
@@ -41,12 +42,22 @@ def work(row: Row) -> str:
     return str(Workload(row["what"], row["batch"], row["tokens"], row["unit"]))
 
 
-def _layers_at(tokens: int, groups: Sequence[Row]) -> str:
+def size(row: Row) -> tuple[int, str]:
+    """What was put into a layer: so many samples of the model's, or so many tokens."""
+    return (row["tokens"], "token") if row["samples"] is None else (row["samples"], "sample")
+
+
+def size_said(own: tuple[int, str]) -> str:
+    """The same in words: `1 token`, `64 samples`."""
+    return f"{own[0]} {own[1]}{'s' * (own[0] != 1)}"
+
+
+def _layers_at(own: tuple[int, str], groups: Sequence[Row]) -> str:
     """For instance `at 256 tokens 12 of 14 layers are faster sparse than dense, 2 are slower`."""
     counts = {"faster": 0, "slower": 0, "equal": 0}
     for group in groups:
         for row in group["times"]:
-            if row["tokens"] == tokens:
+            if size(row) == own:
                 counts[standing(row["speedup"])] += len(group["names"])
     total = sum(counts.values())
     words = {
@@ -60,9 +71,7 @@ def _layers_at(tokens: int, groups: Sequence[Row]) -> str:
         if counts[key]
     ]
     of = f" of {total} {'layer' if total == 1 else 'layers'}"
-    return f"at {tokens_said(tokens)} " + ", ".join(
-        [first.format(of), *(other.format("") for other in others)]
-    )
+    return f"at {size_said(own)} " + ", ".join([first.format(of), *(other.format("") for other in others)])
 
 
 def _rows(groups: Sequence[Row]) -> list[Row]:
@@ -100,7 +109,9 @@ def layer_table(groups: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             f"{group['bytes_dense'] / 1e6:.3f}",
         ]
         for row in group["times"]:
-            rows.append([*first, str(row["tokens"]), *_figures(row), *_shares(row), _mark(row)])
+            tokens = str(row["tokens"])
+            tokens += f" ({size_said(size(row))})" if row["samples"] is not None else ""
+            rows.append([*first, tokens, *_figures(row), *_shares(row), _mark(row)])
         if group["skipped"]:
             rows.append([*first, *["-"] * 6, group["skipped"]])
     return header, rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import measure
+from sparsify.custom import described
 from sparsify.errors import ConfigError
 from sparsify.training.samples import MEDIA_TASKS, media_example
 
@@ -31,14 +32,14 @@ class Workload:
         batch: Sequences or other samples at once.
         tokens: Of each of them; when decoding, those in the cache already.
         unit: What throughput is counted in, `token` or `sample`.
-        sample: Inputs of one sample of a model that does not read tokens, else empty.
+        inputs: For a model that does not read tokens: its inputs, made for it.
     """
 
     what: str
     batch: int
     tokens: int
     unit: str = "token"
-    sample: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    inputs: Callable[[nn.Module], dict[str, Tensor]] | None = field(default=None, compare=False)
 
     @property
     def rows(self) -> int:
@@ -60,9 +61,11 @@ class Workload:
         """
         if self.what == DECODE:
             return _decoding(self, model)
-        if self.unit == "sample":
-            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            inputs = _channels_last(measure.like_inputs(model, self.sample, self.batch))
+        if self.inputs is not None:
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            inputs = _channels_last(self.inputs(model))
         else:
             inputs = measure.token_inputs(model, self.tokens, self.batch)
             # All ones: without it no model waits for the GPU to find that out.
@@ -120,7 +123,10 @@ def workloads(
         if sample is None:
             return [], [f"end to end is not timed: {type(model).__name__} takes no tokens"]
         positions = measure.positions(model, measure.like_inputs(model, sample, 1))
-        return [Workload(FORWARD, batch, positions, "sample", sample) for batch in sorted(set(batches))], []
+        return [
+            Workload(FORWARD, n, positions, "sample", partial(measure.like_inputs, sample=sample, batch=n))
+            for n in sorted(set(batches))
+        ], []
     limit = getattr(config, "max_position_embeddings", None) or None
     counts, notes = sorted(set(tokens)), []
     usable = [count for count in counts if limit is None or count <= limit]
@@ -141,6 +147,56 @@ def workloads(
     return found, notes
 
 
+def given_workloads(
+    model: nn.Module, make: Callable[[int], Mapping[str, Tensor]], batches: Sequence[int]
+) -> list[Workload]:
+    """Forward passes of a plain module.
+
+    Args:
+        model: The module.
+        make: Gives the keyword arguments of its forward pass for a number of samples.
+        batches: Samples at once.
+
+    Raises:
+        ConfigError: If these are no keyword arguments, or the model does not take them.
+    """
+    found = []
+    for batch in sorted(set(batches)):
+        try:
+            inputs = dict(make(batch))
+        except Exception as error:  # the user's own code, which may hold any mistake
+            raise ConfigError(f"cannot make the inputs of a batch of {batch}: {described(error)}") from error
+        ids = [value[0].numel() for value in inputs.values() if _is_ids(value)]
+        work = Workload(FORWARD, batch, max(ids, default=1), "sample", partial(_placed, inputs))
+        try:
+            work.on(model).output()
+        except StopIteration:
+            raise ConfigError(
+                f"{type(model).__name__} puts out no floating-point tensor to compare"
+            ) from None
+        except Exception as error:
+            raise ConfigError(
+                f"{type(model).__name__} does not take the inputs: {described(error)}"
+            ) from error
+        found.append(work)
+    return found
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and not value.is_floating_point()
+
+
+def _placed(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Inputs on a model's device and, if floating point, in its dtype."""
+    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return {
+        name: value.to(parameter if value.is_floating_point() else parameter.device)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+
+
 def sample_inputs(processor: Any, task: str | None) -> dict[str, Tensor] | None:
     """Inputs of one picture or recording; `None` for other tasks, or if nothing prepares them."""
     if task not in MEDIA_TASKS:
@@ -158,9 +214,11 @@ def tokens_said(count: int, batch: int = 1) -> str:
     return f"{count} token" if count == 1 else f"{count} tokens"
 
 
-def _channels_last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _channels_last(inputs: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+        key: value.contiguous(memory_format=torch.channels_last)
+        if isinstance(value, Tensor) and value.dim() == 4
+        else value
         for key, value in inputs.items()
     }
 
@@ -172,8 +230,16 @@ def _steps(device: torch.device) -> int:
 @torch.no_grad()
 def _forward(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The first floating-point tensor of a model's output: logits, or the last hidden state."""
-    output = model(**inputs)
-    return next(part for part in output.to_tuple() if isinstance(part, Tensor) and part.is_floating_point())
+    return next(part for part in _tensors(model(**inputs)) if part.is_floating_point())
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of an output, in order, however they are wrapped."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (Mapping, list, tuple)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
 
 
 def _kept_logits(work: Workload, model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from sparsify.layers.packed import PackedModule
 
 
-def swap_out(model: PreTrainedModel) -> None:
+def swap_out(model: nn.Module, skeleton: nn.Module) -> None:
     """Replaces every block-sparse layer by the dense one it stands for, zeros where no block is stored, in place.
 
     Args:
-        model: A transformers model with its weights in memory.
+        model: A model with its weights in memory.
+        skeleton: The dense model, on any device; of a transformers model its `dense_skeleton`.
     """
     unfuse(model)
-    skeleton = dense_skeleton(model)
     for name, sparse in sparse_modules(model).items():
         replace_module(model, name, dense_equivalent(sparse, skeleton.get_submodule(name)))
 
 
-def dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """The dense model of the same architecture on the meta device, without weights."""
+def dense_skeleton(model: Any) -> PreTrainedModel:
+    """The dense model of the architecture of a transformers model on the meta device, without weights."""
     config = deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
@@ -108,8 +108,8 @@ def plan(
     plain_class = module_class(info.config)
     if plain_class is not None and module is None:
         raise CheckpointError(
-            f"{path} holds the weights of a plain module, {plain_class}, which your own code builds: make it dense in "
-            f"Python with sparsify.densify(path, out, model=...)"
+            f"{path} holds the weights of a plain module, {plain_class}, which your own code builds: say what builds "
+            f"it, as in --module {plain_class} (in Python sparsify.densify(path, out, model=...))"
         )
     if not info.layers:
         raise CheckpointError(f"{path} is a dense checkpoint already: there is nothing to densify")

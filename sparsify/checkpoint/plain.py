@@ -9,7 +9,7 @@ the model's `state_dict`, a weight that several names share once.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsify.checkpoint.files import StoredTensor, read_headers, weight_files
 from sparsify.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, check_format, packed_names
 from sparsify.checkpoint.sources import MODULE_CLASS, local_folder, module_class, read_config
+from sparsify.custom import described, find
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.layers.fusion import fuse
 from sparsify.layers.kinds import build, dense_parameters, entry
@@ -144,6 +145,44 @@ def load(
     return model.to(place).eval()
 
 
+def builder(
+    path: str | Path, config: Mapping[str, Any], module: str | Callable[[], nn.Module] | None
+) -> Callable[[], nn.Module] | None:
+    """What builds the dense module of a checkpoint; `None` for a checkpoint of transformers.
+
+    Args:
+        path: The checkpoint, for messages.
+        config: Its `config.json`.
+        module: The class or function, or where it is, as `package.module:name`.
+
+    Raises:
+        ConfigError: If it is missing, cannot be found, or does not build a module.
+        CheckpointError: If the checkpoint is of transformers, which needs none.
+    """
+    name = module_class(config)
+    if module is None and name is None:
+        return None
+    if name is None:
+        raise CheckpointError(f"{path} is a checkpoint of transformers: load it without a module")
+    if module is None:
+        raise ConfigError(
+            f"{path} holds the weights of a plain module, {name}, which your own code builds: say what builds "
+            f"it, as in --module {name}"
+        )
+    make = find(module, "module", ConfigError) if isinstance(module, str) else module
+
+    def build() -> nn.Module:
+        try:
+            made = make()
+        except Exception as error:  # the user's own code, which may hold any mistake
+            raise ConfigError(f"{module} cannot build a module: {described(error)}") from error
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"{module} gave a {type(made).__name__}, expected an nn.Module")
+        return made
+
+    return build
+
+
 def _check_fillable(model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise ConfigError(
@@ -175,14 +214,14 @@ def _sparse_layers(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Pac
     layers = check_format(quantization.get("format_version"), quantization.get("layers"))
     modules = dict(model.named_modules())
     sparse = {}
-    for name, described in layers.items():
+    for name, layer in layers.items():
         if name not in modules:
             raise CheckpointError(
                 f"config.json names the block-sparse layer {name!r}, which {type(model).__name__} does not have: "
                 f"build the model that was saved, a {module_class(config)}"
             )
         dense = modules[name]
-        sparse[name] = build(name, dense, described)
+        sparse[name] = build(name, dense, layer)
         for key, parameter in dense.named_parameters(recurse=False):
             sparse[name].get_parameter(key).requires_grad_(parameter.requires_grad)
     return sparse

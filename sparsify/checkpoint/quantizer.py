@@ -158,9 +158,9 @@ class BlockSparseQuantizer(HfQuantizer):
             model: The block-sparse model.
             dtype: Cast to this dtype; by default every weight keeps its own.
         """
-        from sparsify.checkpoint.densify import swap_out
+        from sparsify.checkpoint.densify import dense_skeleton, swap_out
 
-        swap_out(model)
+        swap_out(model, dense_skeleton(model))
         model._weight_conversions = None  # pyright: ignore[reportArgumentType] -- those of the architecture
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]

@@ -34,6 +34,15 @@ def bench(
             "--energy", help="Measure joules a token or sample too; some ten seconds for each number."
         ),
     ] = False,
+    module: options.Module = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            "--inputs",
+            help="For such a module: a function from a number of samples to the forward pass's keyword arguments, as "
+            "package.module:name; without it only layers are timed.",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Rounds of each measurement, at most.")] = 20,
     out: Annotated[
         Path | None,
@@ -60,6 +69,8 @@ def bench(
         "tokens": tokens,
         "batches": batches,
         "repeats": repeats,
+        "module": module,
+        "inputs": inputs,
         "device": device,
         "dtype": dtype,
     }

@@ -11,15 +11,20 @@ def densify(
     force: options.Force = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
+    module: options.Module = None,
 ) -> None:
     """Turn a block-sparse checkpoint into an ordinary dense one, for any runtime; removed blocks become zeros."""
     from sparsify.checkpoint import densify as work
+    from sparsify.checkpoint import plain
+    from sparsify.checkpoint.reader import open_checkpoint
 
     console.quiet_transformers()
-    info, needed = work.plan(path, out, force)
+    build = None if module is None else plain.builder(path, open_checkpoint(path).config, module)
+    dense = None if build is None else build()
+    info, needed = work.plan(path, out, force, dense)
     if not dry_run:
         with console.RichProgress().task(f"writing {out}"):
-            work.densify(path, out, force=force)
+            work.densify(path, out, force=force, module=dense)
     if json:
         document = {
             "path": info.path,

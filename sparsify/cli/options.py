@@ -31,6 +31,13 @@ Task = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that the checkpoint brings with it.")
 ]
+Module = Annotated[
+    str | None,
+    typer.Option(
+        "--module",
+        help="For the checkpoint of a plain module: its class, or a function that builds it, as package.module:name.",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a setting, as key=value; may be repeated.", metavar="KEY=VALUE"),

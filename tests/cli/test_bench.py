@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner
 
+import sparsify
 from sparsify.cli.main import app
 from sparsify.layers.linear import BlockSparseLinear
 from tests.cli import checkpoints
@@ -204,8 +206,96 @@ def test_pictures_are_counted_by_sample(tmp_path):
     (row,) = report["end_to_end"]["times"]
     assert (row["what"], row["batch"], row["tokens"], row["unit"]) == ("forward", 2, 17, "sample")
     assert row["sparse_rate"] == pytest.approx(2e6 / row["sparse_us"])
-    assert {entry["tokens"] for group in report["layers"] for entry in group["times"]} == {34}
-    assert "forward of 2 samples" in report["verdict"]
+    rows = [entry for group in report["layers"] for entry in group["times"]]
+    assert {(entry["tokens"], entry["samples"]) for entry in rows} == {(34, 2)}
+    assert "forward of 2 samples" in report["verdict"] and "at 2 samples " in report["verdict"].lower()
+
+
+class Own(nn.Module):
+    """A network that no config can build: convolutions, an LSTM in sequences of its own, a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)
+        )
+        self.lstm = nn.LSTM(32, 32, batch_first=True)
+        self.table, self.head, self.unused = nn.Embedding(50, 32), nn.Linear(32, 4), nn.Linear(24, 24)
+
+    def forward(self, image: torch.Tensor, ids: torch.Tensor) -> dict[str, object]:
+        x = self.conv(image).mean(2).transpose(1, 2) + self.table(ids)
+        return {"name": "own", "logits": (self.head(self.lstm(x)[0][:, -1]),)}
+
+
+def given(samples: int) -> dict[str, torch.Tensor]:
+    return {"image": torch.rand(samples, 3, 16, 16), "ids": torch.randint(50, (samples, 8))}
+
+
+def nothing(samples: int) -> int:
+    return samples
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("own"), Own()
+    sparsify.save(model, folder / "dense")
+    sparsify.prune(model, block="16x16", scope="layer", targets=["conv", "lstm", "unused"])
+    return sparsify.save(model, folder / "sparse")
+
+
+HERE = __name__
+
+
+def test_a_plain_module_is_timed_as_it_is_used(own):
+    options = ["--device", "cpu", "--repeats", "1", "--module", f"{HERE}:Own", "--inputs", f"{HERE}:given"]
+    more = ["--batches", "1,3", "--against", own.with_name("dense"), "--json"]
+    result = invoke(own, *options, *more)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    layers = {group["name"]: group for group in report["layers"]}
+    seen = {
+        name: [(row["samples"], row["tokens"]) for row in group["times"]] for name, group in layers.items()
+    }
+    assert seen == {"conv.2": [(1, 64), (3, 192)], "lstm": [(1, 8), (3, 24)], "unused": []}
+    assert layers["unused"]["skipped"] == "not timed: the forward pass does not call it"
+    times = report["end_to_end"]["times"]
+    assert [(row["batch"], row["unit"]) for row in times] == [(1, "sample"), (3, "sample")]
+    assert all(row["error"] < 1e-5 and row["sparse_us"] > 0 for row in times)
+    assert report["end_to_end"]["bytes"] < report["end_to_end"]["bytes_dense"]
+
+
+def test_layers_alone_of_a_plain_module(own):
+    result = invoke(own, *FEW, "--module", f"{HERE}:Own", "--json")
+    report = json.loads(result.stdout)
+    assert {tuple(row["tokens"] for row in group["times"]) for group in report["layers"]} == {(1, 8)}
+    assert report["end_to_end"] is None and "(--inputs)" in report["notes"][-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "say what builds it, as in --module"),
+        (["--module", f"{HERE}:Missing"], "has no 'Missing'"),
+        (["--module", "no_such_module:Own"], "write package.module:Class"),
+        (["--module", f"{HERE}:given"], "cannot build a module: TypeError"),
+        (["--module", "builtins:dict"], "gave a dict, expected an nn.Module"),
+        (
+            ["--module", f"{HERE}:Own", "--inputs", f"{HERE}:nothing"],
+            "cannot make the inputs of a batch of 1: TypeError",
+        ),
+        (["--module", f"{HERE}:Own", "--inputs", "builtins:dict"], "cannot make the inputs"),
+    ],
+)
+def test_what_a_plain_module_lacks(options, message, own):
+    refused(message, own, *FEW, *options)
+
+
+def test_a_module_beside_a_checkpoint_that_needs_none(sparse):
+    refused(
+        "is a checkpoint of transformers: load it without a module", sparse, *FEW, "--module", f"{HERE}:Own"
+    )
+    refused("inputs are for the checkpoint of a plain module", sparse, *FEW, "--inputs", f"{HERE}:given")
 
 
 def test_energy_is_told_with_what_is_subtracted(sparse, monkeypatch):

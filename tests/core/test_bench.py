@@ -355,7 +355,8 @@ def test_a_counter_that_fails_leaves_a_note_and_no_number(tmp_path, monkeypatch)
 def row(tokens: int, speedup: float, how: str = "cpu"):
     times = {"speedup": speedup, "timing": how, "dense_us": speedup * 10, "sparse_us": 10.0}
     shares = {"dense_share": 0.8, "sparse_share": 0.4}
-    return {"what": "prefill", "batch": 1, "tokens": tokens, "unit": "token"} | times | shares
+    size = {"what": "prefill", "batch": 1, "tokens": tokens, "unit": "token", "samples": None}
+    return size | times | shares
 
 
 def test_the_closing_sentence_counts_layers_not_groups():
@@ -373,6 +374,10 @@ def test_the_closing_sentence_counts_layers_not_groups():
     said = "1.50x in prefill of 1 token (CUDA graph) and 0.90x in prefill of 1 token (eager)"
     assert said in verdict.closing([], both)
     assert verdict.advice([{"names": ["a"], "times": [row(1, 1.5)]}]) is None
+    # With pictures each layer has a number of pixels of its own.
+    pictures = [[row(100, 2.0) | {"samples": 2}], [row(25, 0.5) | {"samples": 2}]]
+    said = verdict.closing([{"names": ["a"], "times": times} for times in pictures], None)
+    assert said == "At 2 samples 1 of 2 layers is faster sparse than dense, 1 is slower sparse than dense."
 
 
 def test_losing_rows_are_marked():
