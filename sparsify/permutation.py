@@ -10,6 +10,7 @@ channel permutation for 2:4 sparsity (Pool and Yu 2021), for blocks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,8 +74,9 @@ def permute(
         ConfigError: If a weight that would be reordered has a mask in force; nothing has changed then.
     """
     shape, progress = BlockShape.parse(block), progress or Progress()
+    weights = None if weights is None else {_whole(name) for name in weights}
     found = [own for own in symmetries(model) if weights is None or _matrices(own, weights)]
-    fixed = {*masked, *current_masks(model)}
+    fixed = {_whole(name) for name in (*masked, *current_masks(model))}
     for symmetry in found:
         for axis in symmetry.axes:
             if axis.name in fixed:
@@ -133,7 +135,9 @@ class _View:
     def __init__(self, axis: Axis, block: BlockShape, used: Tensor | None) -> None:
         squared = axis.tensor.float().square()
         if used is not None:
-            squared = squared * used.to(squared)
+            squared = squared * used.to(squared).view(squared.shape[1:])
+        if squared.dim() == 3:  # kernel positions, which share a mask
+            squared = squared.sum(2)
         if axis.dim == 1:
             squared = squared.t()
         along, across = (block.rows, block.cols) if axis.dim == 0 else (block.cols, block.rows)
@@ -199,9 +203,12 @@ def best_order(
 
 def _matrices(symmetry: Symmetry, names: Collection[str] | None) -> list[Axis]:
     """The weights that a symmetry shows in, without biases; of these names only."""
-    return [
-        axis for axis in symmetry.axes if axis.tensor.dim() == 2 and (names is None or axis.name in names)
-    ]
+    return [axis for axis in symmetry.axes if axis.tensor.dim() > 1 and (names is None or axis.name in names)]
+
+
+def _whole(name: str) -> str:
+    """The name of a weight from that of one of its matrices, at one kernel position."""
+    return re.sub(r"\.position\.\d+$", "", name)
 
 
 def _assign(views: Sequence[_View], masks: Sequence[Tensor], units: int) -> Tensor:

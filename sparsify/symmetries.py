@@ -4,8 +4,11 @@
     value dimensions of an attention head     rows of its value projection, columns of the output projection, for all
                                               query heads that share the value head (grouped-query attention)
     hidden units of an expert                 the same as those of a feed-forward network, for each expert
+    channels inside a residual block          output channels of a convolution or linear layer, of the batch norms and
+                                              depthwise convolutions behind it, input channels of the next one
 
-A symmetry is found by the names under which transformers' modules keep their layers, and left alone wherever
+A symmetry is found by the names under which transformers' modules keep their layers (of residual blocks also those of
+timm and torchvision), and left alone wherever
 something that belongs to the units is not accounted for: another parameter inside the module, a norm of the values,
 widths that do not fit.
 """
@@ -42,6 +45,26 @@ VALUES = (
     ("self.value", "output.dense"),
     ("attention.value", "output.dense"),
 )
+# Residual blocks by library and class: their modules, in the order in which they run.
+RESIDUAL_BLOCKS = {
+    ("transformers", "ResNetBasicLayer"): ("layer",),
+    ("transformers", "ResNetBottleNeckLayer"): ("layer",),
+    ("transformers", "MobileNetV2InvertedResidual"): ("expand_1x1", "conv_3x3", "reduce_1x1"),
+    ("transformers", "ConvNextLayer"): ("pwconv1", "act", "pwconv2"),
+    ("timm", "BasicBlock"): ("conv1", "bn1", "drop_block", "act1", "aa", "conv2"),
+    ("timm", "Bottleneck"): ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3"),
+    ("timm", "InvertedResidual"): ("conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl"),
+    ("torchvision", "BasicBlock"): ("conv1", "bn1", "relu", "conv2"),
+    ("torchvision", "Bottleneck"): ("conv1", "bn1", "relu", "conv2", "bn2", "conv3"),
+    ("torchvision", "InvertedResidual"): ("conv",),
+}
+# Modules that treat all channels alike, if they have no parameters.
+ALIKE = (
+    "torch.nn.modules.activation",
+    "torch.nn.modules.dropout",
+    "torch.nn.modules.pooling",
+    "transformers.activations",
+)
 # What attention modules call the size of a head.
 HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
@@ -52,7 +75,8 @@ class Axis:
 
     Attributes:
         name: Name of the layer, for the record.
-        tensor: `(N, K)` view of the weight, or `(N,)` of the bias; writing to it writes to the parameter.
+        tensor: `(N, K)` view of the weight, `(O, I, P)` of a convolution's with `P` kernel positions, or `(N,)` of the
+            bias or another vector; writing to it writes to the parameter.
         dim: 0 if units are output features, 1 if they are input features.
         positions: `(units,)` feature of each unit, int64.
     """
@@ -116,6 +140,10 @@ def symmetries(model: nn.Module) -> list[Symmetry]:
 def _of(name: str, module: nn.Module) -> Iterator[Symmetry]:
     if dense_kind(module) == "experts":
         yield from _experts(name, module)
+        return
+    block = RESIDUAL_BLOCKS.get((type(module).__module__.partition(".")[0], type(module).__name__))
+    if block is not None:
+        yield from _channels(name, module, block)
         return
     for makers, reader in FEED_FORWARD:
         layers = [_layer(module, own) for own in (*makers, reader)]
@@ -211,3 +239,72 @@ def _experts(name: str, module: nn.Module) -> Iterator[Symmetry]:
                 f"{name}, expert {expert}", units, (*axes, Axis(down.name, down.weight, 1, places))
             )
         expert += 1
+
+
+def _channels(name: str, module: nn.Module, names: tuple[str, ...]) -> Iterator[Symmetry]:
+    """The channels between each two convolutions of a residual block, where all that tells them apart is known."""
+    maker, units, axes = "", 0, list[Axis]()
+    for own, part in (
+        found for child in names for found in _in_order(f"{name}.{child}".strip("."), module, child)
+    ):
+        places = torch.arange(units)
+        if dense_kind(part) in ("convolution", "linear") and getattr(part, "groups", 1) == 1:
+            weight = _positions(part.get_parameter("weight"))
+            if axes and weight.shape[1] == units:
+                yield Symmetry(f"{maker}, output channels", units, (*axes, Axis(own, weight, 1, places)))
+            maker, units, places = own, len(weight), torch.arange(len(weight))
+            axes = [Axis(own, weight, 0, places), *_vectors(own, places, bias=part._parameters["bias"])]
+        elif isinstance(part, nn.modules.batchnorm._BatchNorm) and part.num_features == units:
+            axes += _vectors(own, places, **dict(part.named_parameters(recurse=False)))
+            axes += _vectors(own, places, mean=part.running_mean, variance=part.running_var)
+        elif _is_depthwise(part, units):
+            columns = part.get_parameter("weight").flatten(1).unbind(1)
+            axes += _vectors(own, places, **{f"position.{i}": column for i, column in enumerate(columns)})
+            axes += _vectors(own, places, bias=part._parameters["bias"])
+        elif not _treats_alike(part):
+            axes = []
+
+
+def _in_order(name: str, module: nn.Module, child: str) -> Iterator[tuple[str, nn.Module]]:
+    """A child of a residual block, or what runs in it, one after the other."""
+    part = module._modules.get(child)
+    known = (nn.Conv2d, nn.modules.batchnorm._BatchNorm)
+    if part is None:
+        return
+    if isinstance(part, known) or not any(isinstance(inner, known) for inner in part.modules()):
+        yield name, part
+    elif isinstance(part, nn.Sequential) or type(part).__name__ in (
+        "ResNetConvLayer",
+        "MobileNetV2ConvLayer",
+    ):
+        for inner in part._modules:
+            yield from _in_order(f"{name}.{inner}", part, inner)
+    else:
+        yield name, part
+
+
+def _positions(weight: Tensor) -> Tensor:
+    """The weight of a convolution as `(O, I, P)`, of a linear layer as it is."""
+    return weight.detach() if weight.dim() == 2 else weight.detach().flatten(2)
+
+
+def _vectors(name: str, places: Tensor, **tensors: Tensor | None) -> list[Axis]:
+    return [
+        Axis(f"{name}.{key}", tensor.detach(), 0, places)
+        for key, tensor in tensors.items()
+        if tensor is not None
+    ]
+
+
+def _is_depthwise(module: nn.Module, channels: int) -> bool:
+    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
+        return False
+    return "weight" in module._parameters and {module.groups, module.in_channels, module.out_channels} == {
+        channels
+    }
+
+
+def _treats_alike(module: nn.Module) -> bool:
+    if any(True for _ in (*module.parameters(), *module.buffers())):
+        return False
+    return isinstance(module, nn.Identity) or type(module).__module__ in ALIKE

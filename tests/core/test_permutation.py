@@ -5,24 +5,27 @@ import torch
 
 import sparsify
 from sparsify.blocks import BlockShape
-from sparsify.permutation import best_order, permute
+from sparsify.errors import ConfigError
+from sparsify.masking import mask_model
+from sparsify.permutation import Permuted, best_order, permute
 from sparsify.symmetries import Axis, Symmetry, symmetries
 from tests.architectures.zoo import ARCHITECTURES
 
-HEADS, HIDDEN, EXPERT = "value head", "feed-forward", "expert"
+HEADS, HIDDEN, EXPERT, CHANNELS = "value head", "feed-forward", "expert", "output channels"
 # What is known of each architecture; Phi-3 keeps gate and up, and query, key and value, in one weight each.
 KNOWN = {
     "llama": {HEADS, HIDDEN}, "qwen3": {HEADS, HIDDEN}, "mistral": {HEADS, HIDDEN}, "gemma": {HEADS, HIDDEN},
     "phi3": set(), "gpt2": {HIDDEN}, "gpt-neox": {HIDDEN}, "opt": {HEADS}, "bert": {HEADS, HIDDEN},
     "roberta": {HEADS, HIDDEN}, "distilbert": {HEADS, HIDDEN}, "t5": {HEADS, HIDDEN}, "vit": {HEADS, HIDDEN},
     "whisper": {HEADS}, "clip": {HEADS, HIDDEN}, "mixtral": {HEADS, EXPERT}, "qwen3-moe": {HEADS, HIDDEN, EXPERT},
-    # No symmetry of convolutions is known.
-    "resnet": set(), "resnet-bottleneck": set(), "convnext": set(), "mobilenet-v2": set(), "regnet": set(),
+    # RegNet's convolutions have groups, whose channels cannot change places.
+    "resnet": {CHANNELS}, "resnet-bottleneck": {CHANNELS}, "convnext": {CHANNELS}, "mobilenet-v2": {CHANNELS},
+    "regnet": set(),
 }  # fmt: skip
 
 
-def kind(symmetry: Symmetry) -> str:
-    return next((name for name in (HEADS, EXPERT) if f", {name} " in symmetry.name), HIDDEN)
+def kind(symmetry: Symmetry | Permuted) -> str:
+    return next((name for name in (HEADS, EXPERT, CHANNELS) if f", {name}" in symmetry.name), HIDDEN)
 
 
 def output(model, batch):
@@ -40,6 +43,11 @@ def test_a_permuted_model_computes_the_same(architecture):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)  # so that every part shows in the output
+        for norm in model.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                for name, tensor in norm.state_dict().items():
+                    if name != "num_batches_tracked":
+                        tensor.uniform_(0.5, 2)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in architecture.batch().items()}
     before, found = output(model, batch), symmetries(model)
     assert {kind(symmetry) for symmetry in found} == KNOWN[architecture.name]
@@ -103,7 +111,7 @@ def test_no_permutation_is_refused():
         planted().apply(torch.zeros(64, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "bert", "mixtral", "resnet-bottleneck"])
 def test_permute_keeps_more_and_changes_nothing(name):
     architecture = next(a for a in ARCHITECTURES if a.name == name)
     model, batch = architecture.build(), architecture.batch()
@@ -112,6 +120,51 @@ def test_permute_keeps_more_and_changes_nothing(name):
     assert torch.allclose(output(model, batch), before, atol=1e-5 * float(before.abs().max()))
     assert all(own.after >= own.before for own in gained)
     assert max(own.after - own.before for own in gained) > 0.005
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+def test_a_pruned_convolution_is_not_reordered(per_position):
+    model = next(a for a in ARCHITECTURES if a.name == "resnet").build()
+    result = sparsify.prune(model, block="8x8", convert=False, permute=True, per_position=per_position)
+    assert result.permuted and {kind(own) for own in result.permuted} == {CHANNELS}
+    mask_model(model, result.masks)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        ConfigError, match=r"cannot reorder the units of .*output channels: .* is pruned already"
+    ):
+        permute(model, "8x8", 0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_channels_of_a_convolution_come_in_blocks_of_all_positions():
+    weight, out = torch.randn(16, 8, 9), torch.randn(8, 16, 9)
+    places, squared = torch.arange(16), (weight.square().sum(2), out.square().sum(2))
+    whole = Symmetry("conv", 16, (Axis("a", weight, 0, places), Axis("b", out, 1, places)))
+    flat = Symmetry(
+        "conv", 16, (Axis("a", squared[0].sqrt(), 0, places), Axis("b", squared[1].sqrt(), 1, places))
+    )
+    order, *shares = best_order(whole, BlockShape(8, 8), 0.5)
+    expected, *others = best_order(flat, BlockShape(8, 8), 0.5)
+    assert torch.equal(order, expected) and shares == pytest.approx(others)
+    used = {"a": torch.rand(8 * 9)}  # mean squares of a convolution's inputs, by channel and position
+    weighted = torch.einsum("oip,ip->oi", weight.square(), used["a"].view(8, 9)).sqrt()
+    flat = Symmetry("conv", 16, (Axis("a", weighted, 0, places), Axis("b", squared[1].sqrt(), 1, places)))
+    assert torch.equal(
+        best_order(whole, BlockShape(8, 8), 0.5, used)[0], best_order(flat, BlockShape(8, 8), 0.5)[0]
+    )
+
+
+class BasicBlock(torch.nn.Module):
+    """One of somebody's own, in an order of its own: its names prove nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = (torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.bn1 = torch.nn.BatchNorm2d(16)
+
+
+def test_a_block_of_an_unknown_class_is_left_alone():
+    assert symmetries(torch.nn.Sequential(BasicBlock())) == []
 
 
 def test_sparse_layers_have_no_free_symmetry():
