@@ -109,9 +109,9 @@ def prune(
     from sparsify.pruner import default_method
     from sparsify.recipe.schema import Recipe
 
-    method, reconstruct = default_method(data is not None, method, reconstruct)
+    chosen, reconstruct = default_method(data is not None, method, reconstruct)
     pruning = {
-        "method": method,
+        "method": chosen,
         "block": block,
         "sparsity": sparsity,
         "scope": scope,
