@@ -250,7 +250,7 @@ def _channels(name: str, module: nn.Module, names: tuple[str, ...]) -> Iterator[
         places = torch.arange(units)
         if dense_kind(part) in ("convolution", "linear") and getattr(part, "groups", 1) == 1:
             weight = _positions(part.get_parameter("weight"))
-            if axes and weight.shape[1] == units:
+            if weight.shape[1] == units:
                 yield Symmetry(f"{maker}, output channels", units, (*axes, Axis(own, weight, 1, places)))
             maker, units, places = own, len(weight), torch.arange(len(weight))
             axes = [Axis(own, weight, 0, places), *_vectors(own, places, bias=part._parameters["bias"])]
@@ -262,7 +262,7 @@ def _channels(name: str, module: nn.Module, names: tuple[str, ...]) -> Iterator[
             axes += _vectors(own, places, **{f"position.{i}": column for i, column in enumerate(columns)})
             axes += _vectors(own, places, bias=part._parameters["bias"])
         elif not _treats_alike(part):
-            axes = []
+            units, axes = 0, []
 
 
 def _in_order(name: str, module: nn.Module, child: str) -> Iterator[tuple[str, nn.Module]]:

@@ -167,6 +167,43 @@ def test_a_block_of_an_unknown_class_is_left_alone():
     assert symmetries(torch.nn.Sequential(BasicBlock())) == []
 
 
+class Bottleneck(torch.nn.Module):
+    """timm's, as far as it matters."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(24, 16, 1)
+        self.bn1, self.act1 = torch.nn.BatchNorm2d(16), options.get("act1", torch.nn.ReLU())
+        self.conv2 = torch.nn.Conv2d(16, 16, 3, groups=options.get("groups", 1))
+        self.bn2, self.drop_block, self.act2 = torch.nn.BatchNorm2d(16), torch.nn.Identity(), torch.nn.ReLU()
+        self.aa, self.conv3 = options.get("aa"), torch.nn.Conv2d(16, 24, 1)
+        self.bn3 = torch.nn.BatchNorm2d(24)
+
+
+Bottleneck.__module__ = "timm.models.resnet"
+
+
+@pytest.mark.parametrize(
+    ("options", "makers"),
+    [
+        ({}, {"conv1", "conv2"}),
+        ({"groups": 4}, set()),  # the first has a reader with groups, the second is one
+        ({"act1": torch.nn.PReLU(16)}, {"conv2"}),
+        ({"aa": torch.nn.GroupNorm(4, 16)}, {"conv1"}),
+        ({"aa": torch.nn.AvgPool2d(2)}, {"conv1", "conv2"}),
+        ({"groups": 16}, {"conv1"}),  # depthwise: goes along
+    ],
+    ids=["plain", "groups", "PReLU", "group norm", "pooling", "depthwise"],
+)
+def test_what_lies_between_two_convolutions(options, makers):
+    found = symmetries(torch.nn.ModuleDict({"block": Bottleneck(**options)}))
+    assert {symmetry.name for symmetry in found} == {f"block.{maker}, output channels" for maker in makers}
+    names = {axis.name for symmetry in found for axis in symmetry.axes}
+    assert "block.bn3.weight" not in names
+    if makers == {"conv1", "conv2"}:
+        assert {"block.bn1.mean", "block.bn2.variance", "block.conv2.bias", "block.conv3"} <= names
+
+
 def test_sparse_layers_have_no_free_symmetry():
     architecture = next(a for a in ARCHITECTURES if a.name == "llama")
     model = architecture.build()
