@@ -134,6 +134,7 @@ def make_plan(recipe: Recipe, *, force: bool = False) -> Plan:
     _check_head(recipe, plan)
     _check_teachers(recipe, plan)
     _check_adapters(recipe)
+    _check_reporting(recipe)
     for stage in recipe.stages:
         if isinstance(stage, EvaluateStage):
             benchmarks.check(stage.benchmarks, plan.task)
@@ -377,6 +378,22 @@ def _check_teachers(recipe: Recipe, plan: Plan) -> None:
             Path(teacher).expanduser().exists() or teacher.startswith(("/", ".", "~"))
         ):
             reader.check_source(teacher, recipe.trust_remote_code)
+
+
+def _check_reporting(recipe: Recipe) -> None:
+    """Checks that whatever the Trainer is to report to is installed."""
+    asked = [getattr(stage, "trainer", {}).get("report_to") or [] for stage in recipe.stages]
+    names = {name for one in asked for name in ([one] if isinstance(one, str) else one)} - {"none", "all"}
+    if not names:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+
+    missing = sorted(names - {*get_available_reporting_integrations()})
+    if missing:
+        raise ConfigError(
+            f"report_to: {missing[0]} is not installed, or transformers does not know it: pip install {missing[0]}, or "
+            f"leave it out"
+        )
 
 
 def _plan_layers(recipe: Recipe, model: nn.Module, plan: Plan, device: torch.device) -> int:

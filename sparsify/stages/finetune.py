@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,6 +190,8 @@ def _train(
     *callbacks: PruningCallback,
     model: Any = None,
 ) -> None:
+    assert state.recipe.out is not None
+    out = Path(state.recipe.out).expanduser().resolve()
     points = train(
         state.model if model is None else model,
         samples,
@@ -200,5 +203,7 @@ def _train(
         resume=state.resume,
         sparsity=sparsity,
         progress=state.progress,
+        # Beside the output, since the Trainer's own folder goes when the run has succeeded.
+        logs=out.with_name(f"{out.name}.logs") / str(state.index),
     )
     state.history.append({"stage": state.index, "points": points})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsify.checkpoint.conversions import own_names
@@ -43,6 +44,7 @@ def train(
     resume: Path | None = None,
     sparsity: Callable[[], float] | None = None,
     progress: Progress | None = None,
+    logs: Path | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place.
 
@@ -60,6 +62,7 @@ def train(
         resume: Checkpoint of an interrupted run, in `folder`.
         sparsity: Tells the share of removed weights, 0 to 1, for the history and whatever the Trainer reports to.
         progress: Told about every step.
+        logs: Where TensorBoard's files go, if the stage asks for them; in `folder` when left out.
 
     Returns:
         Loss history: `step`, `loss` (mean since the last entry), `learning_rate`, `epoch`; `sparsity` if it is told.
@@ -85,6 +88,9 @@ def train(
             follow = _Follow(advance, stage.pruner.sparsity if stage.pruner else None, samples.collate)
             trainer = _Trainer(samples, sparsity, model=model, args=arguments, callbacks=[*callbacks, follow])
             trainer.remove_callback(PrinterCallback)
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and logs:
+                    callback.logging_dir = str(logs)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         model.train(was_training)
