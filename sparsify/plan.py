@@ -386,7 +386,7 @@ def _check_reporting(recipe: Recipe) -> None:
     names = {name for one in asked for name in ([one] if isinstance(one, str) else one)} - {"none", "all"}
     if not names:
         return
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     missing = sorted(names - {*get_available_reporting_integrations()})
     if missing:
