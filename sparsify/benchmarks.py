@@ -51,12 +51,16 @@ def check(names: Sequence[str], task: str | None = "auto") -> None:
         raise ConfigError(
             f"benchmarks are for models that generate text ({', '.join(GENERATING)}), not for {task or 'others'}"
         )
-    named = [name for name in names if not _is_file(name)]
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    for name in files:
+        if not Path(name).is_file():
+            raise ConfigError(f"unknown benchmark {name!r}: there is no such file")
+    named = [name for name in names if name not in files]
     known = _manager(bool(named)).task_index
     for name in named:
         if name not in known:
             raise ConfigError(
-                f"unknown benchmark {name!r}: no task of lm-eval, and no .yaml file of that name"
+                f"unknown benchmark {name!r}: no task of lm-eval (`lm-eval ls tasks` lists them)"
             )
 
 
@@ -92,7 +96,7 @@ def run(
         found: Any = harness.simple_evaluate(
             contestants.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
             tasks=list(questions.names),
-            task_manager=_manager(not all(map(_is_file, questions.names))),
+            task_manager=_manager(not all(name.endswith((".yaml", ".yml")) for name in questions.names)),
             num_fewshot=questions.shots,
             limit=questions.limit,
             log_samples=False,
@@ -121,11 +125,6 @@ def _error(values: Mapping[str, Any], metric: str) -> float | None:
     name, comma, kind = metric.partition(",")
     error = values.get(f"{name}_stderr{comma}{kind}")
     return error if isinstance(error, float) else None
-
-
-def _is_file(name: str) -> bool:
-    """Whether a benchmark is a task of one's own."""
-    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
 
 
 @cache

@@ -20,6 +20,8 @@ from sparsify.stages.report import measures, table
 from sparsify.stages.report_page import change
 from tests.cli import checkpoints
 
+slow = pytest.mark.slow  # lm-eval reads its thousands of tasks
+
 QUESTIONS = [
     {"question": f"is {number} a number?", "choices": ["no", "yes it is", "maybe"], "answer": number % 3}
     for number in range(12)
@@ -139,14 +141,14 @@ def test_how_scores_are_written():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        pytest.param(["--benchmark", "arc_esay"], "unknown benchmark 'arc_esay'", id="unknown"),
+        pytest.param(["--benchmark", "arc_esay"], "unknown benchmark 'arc_esay'", id="unknown", marks=slow),
         pytest.param(["--benchmark", "absent.yaml"], "unknown benchmark 'absent.yaml'", id="no-file"),
         pytest.param(
             ["--benchmark", "arc_easy", "--task", "masked-lm"],
             "models that generate text",
             id="no-generation",
         ),
-        pytest.param(["--benchmark", "arc_easy"], "benchmarks arc_easy:", id="no-network"),
+        pytest.param(["--benchmark", "arc_easy"], "benchmarks arc_easy:", id="no-network", marks=slow),
     ],
 )
 def test_one_line_says_what_is_wrong(dense, arguments, said):
