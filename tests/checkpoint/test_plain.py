@@ -52,7 +52,11 @@ def test_round_trip_is_exact_and_smaller(tmp_path: Path, x: Tensor) -> None:
     model = pruned()
     assert set(sparse_modules(model)) == {"encoder.0", "encoder.2", "decoder.1"}  # the tied one stays dense
     out = sparsify.save(model, tmp_path / "out")
-    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "sparsify_recipe.yaml"}
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "sparsify_recipe.yaml",
+    }
     loaded = Autoencoder()
     assert sparsify.load(out, model=loaded) is loaded and not loaded.training
     assert torch.equal(loaded(x), model(x))
